@@ -1,0 +1,1 @@
+"""ONNX in and out, queries and edits; no trick is known here."""

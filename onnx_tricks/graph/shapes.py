@@ -1,0 +1,119 @@
+"""Shapes and types of values, inferred once where the exporter left them out.
+
+What is inferred stays beside the model (`Value.meta`) and is never written to the file.
+"""
+
+from __future__ import annotations
+
+import onnx
+import onnx_ir as ir
+
+__all__ = ["annotate", "dim", "dtype_of", "rank_of", "shape_of"]
+
+_SHAPE = "onnx_tricks.shape"
+_DTYPE = "onnx_tricks.dtype"
+_LARGE = 1024  # bytes; larger constants go to shape inference without their data
+
+
+def shape_of(value: ir.Value) -> ir.Shape | None:
+    """The shape that the file states or that `annotate` inferred."""
+    if value.shape is not None:
+        return value.shape
+    if value.const_value is not None:
+        return ir.Shape(value.const_value.shape.numpy())
+    shape = value.meta.get(_SHAPE)
+    return shape if isinstance(shape, ir.Shape) else None
+
+
+def rank_of(value: ir.Value) -> int | None:
+    """Number of axes, or None when unknown."""
+    shape = shape_of(value)
+    return None if shape is None else len(shape)
+
+
+def dim(value: ir.Value, axis: int) -> int | None:
+    """Length of one axis (counted from the end when negative), or None when it is not static."""
+    shape = shape_of(value)
+    if shape is None or not -len(shape) <= axis < len(shape):
+        return None
+    length = shape[axis]
+    return length if isinstance(length, int) else None
+
+
+def dtype_of(value: ir.Value) -> ir.DataType | None:
+    """Element type that the file states or that `annotate` inferred."""
+    if value.dtype is not None:
+        return value.dtype
+    if value.const_value is not None:
+        return value.const_value.dtype
+    dtype = value.meta.get(_DTYPE)
+    return dtype if isinstance(dtype, ir.DataType) else None
+
+
+def annotate(model: ir.Model) -> None:
+    """Infer the shapes and types that the file leaves out, for `shape_of` and `dtype_of`.
+
+    ONNX's own inference runs on a copy of the graph without weights. What it cannot tell stays
+    unknown; a graph that it rejects stays as the file states it.
+    """
+    if all(_known(value) for value in _values(model)):
+        return
+    skeleton = model.clone()
+    _drop_weights(skeleton)
+    try:
+        proto = onnx.shape_inference.infer_shapes(
+            ir.to_proto(skeleton), check_type=False, strict_mode=False, data_prop=True
+        )
+        inferred = ir.from_proto(proto)
+    except Exception:  # noqa: BLE001 - inference is a help; a pass asks for what it needs
+        return
+    for ours, theirs in zip(model.graphs(), inferred.graphs(), strict=False):
+        known = ir.convenience.create_value_mapping(theirs)
+        for name, value in ir.convenience.create_value_mapping(ours).items():
+            other = known.get(name)
+            if other is None:
+                continue
+            if other.shape is not None:
+                value.meta[_SHAPE] = other.shape
+            if other.dtype is not None:
+                value.meta[_DTYPE] = other.dtype
+
+
+def _values(model: ir.Model) -> list[ir.Value]:
+    return [value for graph in model.graphs() for node in graph for value in node.outputs]
+
+
+def _known(value: ir.Value) -> bool:
+    return shape_of(value) is not None and dtype_of(value) is not None
+
+
+def _drop_weights(model: ir.Model) -> None:
+    """Turn every large constant into an input of the main graph, which needs no data."""
+    count = 0
+
+    def as_input(value: ir.Value, tensor: ir.TensorProtocol) -> None:
+        nonlocal count
+        count += 1
+        stand_in = ir.Value(
+            name=f"onnx_tricks.weight.{count}",
+            shape=ir.Shape(tensor.shape.numpy()),
+            type=ir.TensorType(tensor.dtype),
+        )
+        model.graph.inputs.append(stand_in)
+        value.replace_all_uses_with(stand_in)
+
+    for graph in list(model.graphs()):
+        for name, value in list(graph.initializers.items()):
+            if value.const_value is None or value.const_value.nbytes <= _LARGE:
+                continue
+            if not value.is_graph_input() and not value.is_graph_output():
+                as_input(value, value.const_value)
+                del graph.initializers[name]
+        for node in list(graph):
+            attribute = node.attributes.get("value") if node.op_type == "Constant" else None
+            if attribute is None or attribute.is_ref() or node.outputs[0].is_graph_output():
+                continue
+            tensor = attribute.as_tensor()
+            if tensor.nbytes > _LARGE:
+                as_input(node.outputs[0], tensor)
+                graph.remove(node)
