@@ -1,0 +1,1 @@
+"""Recognisers: one per concept, every exporter's spelling in one place. They never mutate."""

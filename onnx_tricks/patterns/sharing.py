@@ -1,0 +1,77 @@
+"""Which stored weights can be rewritten in place, because every reader wants the same change."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Hashable, Iterable
+
+import onnx_ir as ir
+
+from onnx_tricks.patterns.weight import Weight
+
+__all__ = ["Claim", "Conflict", "find_conflicts"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """One reader's wish to change a weight.
+
+    Attributes:
+        owner: Who wishes it.
+        weight: The weight as its reader sees it.
+        node: The reader.
+        index: Which of its inputs the weight is.
+        change: What is to be done to the stored tensor; equal changes compare equal.
+    """
+
+    owner: int
+    weight: Weight
+    node: ir.Node
+    index: int
+    change: Hashable
+
+
+@dataclasses.dataclass(frozen=True)
+class Conflict:
+    """A stored weight that one owner cannot change in place.
+
+    Attributes:
+        claim: The claim that fails.
+        others: Readers that want no change, or another one.
+    """
+
+    claim: Claim
+    others: tuple[ir.Node, ...]
+
+
+def find_conflicts(claims: Iterable[Claim]) -> list[Conflict]:
+    """Find the claims on stored weights that something else reads differently."""
+    by_weight: dict[ir.Value, list[Claim]] = defaultdict(list)
+    for claim in claims:
+        by_weight[claim.weight.stored].append(claim)
+    conflicts = []
+    for stored, wishes in by_weight.items():
+        strangers = _strangers(stored, wishes)
+        for claim in wishes:
+            others = strangers + [one.node for one in wishes if one.change != claim.change]
+            if others or stored.is_graph_output():
+                conflicts.append(Conflict(claim, tuple(others)))
+    return conflicts
+
+
+def _strangers(stored: ir.Value, wishes: list[Claim]) -> list[ir.Node]:
+    """Readers of a stored weight, or of a value on the way from it, that claim nothing."""
+    expected: dict[ir.Value, set[tuple[ir.Node, int]]] = defaultdict(set)
+    for claim in wishes:
+        value = stored
+        for node in claim.weight.path:
+            expected[value].add((node, 0))
+            value = node.outputs[0]
+        expected[value].add((claim.node, claim.index))
+    return [
+        use.node
+        for value, known in expected.items()
+        for use in value.uses()
+        if (use.node, use.idx) not in known
+    ]
