@@ -1,0 +1,368 @@
+"""fold-norm: norm gains and biases folded into the linear layers that read them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_tricks.graph.constants import evaluate
+from onnx_tricks.graph.edit import (
+    add_constant,
+    insert_after,
+    lazily,
+    replace_input,
+    rewrite_constant,
+    shared_vector,
+)
+from onnx_tricks.graph.spell import write_norm, write_product
+from onnx_tricks.patterns.norm import Norm, OpaqueNorm, find_norms
+from onnx_tricks.patterns.readers import Reader, find_readers
+from onnx_tricks.patterns.sharing import Claim, Conflict, find_conflicts
+from onnx_tricks.patterns.weight import Weight
+from onnx_tricks.rewrite import Pass, Site, Skip
+from onnx_tricks.weights import rounding_loss, scale_axis
+
+__all__ = ["FoldNorm"]
+
+SharedWeights = Literal["auto", "rescale", "copy", "skip"]
+_Array = np.ndarray[Any, np.dtype[Any]]
+_SAFE_GAIN = 2.0**60  # no trained float32 or float64 weight leaves its range within such factors
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """What a fold does to a stored weight: one factor per input channel."""
+
+    axis: int
+    groups: int
+    factors: bytes
+
+    @property
+    def gain(self) -> _Array:
+        """[D] float64."""
+        return np.frombuffer(self.factors)
+
+    def __call__(self, weight: _Array) -> _Array:
+        """The folded weight, rounded once to its own type."""
+        return scale_axis(weight, self.gain, self.axis, self.groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One norm, its linear layers, and the bias that each of them gets (None: none needed)."""
+
+    norm: Norm
+    readers: tuple[Reader, ...]
+    biases: tuple[_Array | None, ...]
+
+    def scaling(self, reader: Reader) -> Scaling:
+        """What the weight of one reader is multiplied with."""
+        channels, linear = reader.channels, reader.linear
+        gain = np.ascontiguousarray(self.norm.gain[channels.start : channels.stop])
+        return Scaling(linear.weight.axis, linear.groups, gain.tobytes())
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold(Site):
+    """Norms that have to be folded together, because they share weights.
+
+    Attributes:
+        parts: The norms.
+        conflicts: Weights that something else reads too, and so are not simply rewritten.
+    """
+
+    parts: tuple[Part, ...] = ()
+    conflicts: tuple[Conflict, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldNorm(Pass):
+    """Fold a norm's gain and bias into the linear layers that read it.
+
+    ``MatMul(g * n(x) + beta, W) + b  ==>  MatMul(n(x), diag(g) @ W) + (b + beta @ W)``
+
+    Shapes: g, beta [D], W [D, F], b [F].
+    Exact: in real arithmetic; folded in float64, rounded once to the dtype of W.
+    Applies when: g, beta and W are constant and every reader of the norm is linear.
+    Saves: D (or 2 D) parameters and one or two element-wise operators per norm.
+    Source: arXiv:2407.09577, Proposition 1 and section 3.5.
+
+    Attributes:
+        shared_weights: What to do when something else reads a weight too, as the embedding does in
+            a model with a tied head. "rescale" folds the table and divides the gain out of what is
+            looked up in it, so that nothing is copied; "copy" gives the linear layer a folded copy
+            of its own, which the file grows by; "skip" leaves the norm alone. "auto" rescales
+            tables in float32 and float64 and skips those in half precision, where what is looked
+            up would be rounded twice.
+    """
+
+    name: ClassVar[str] = "fold-norm"
+    summary: ClassVar[str] = "Fold norm gains and biases into the linear layers that read them."
+
+    shared_weights: SharedWeights = "auto"
+
+    def sites(self, model: ir.Model) -> Iterator[Site | Skip]:
+        """Yield the norms that can be folded, and why the others cannot."""
+        parts: dict[int, Part] = {}
+        for index, norm in enumerate(find_norms(model)):
+            if isinstance(norm, OpaqueNorm):
+                yield Skip(_label(norm.node), norm.reason)
+            elif not norm.plain:
+                part = _look_behind(norm)
+                if isinstance(part, str):
+                    yield Skip(_label(norm.node), part)
+                else:
+                    parts[index] = part
+        while True:
+            conflicts = find_conflicts(_claims(parts))
+            refused = {c.claim.owner: c for c in conflicts if not self._resolves(c)}
+            if not refused:
+                break
+            for owner, conflict in sorted(refused.items()):
+                yield Skip(_label(parts.pop(owner).norm.node), _sharing_reason(conflict))
+        yield from _together(parts, conflicts)
+
+    def apply(self, model: ir.Model, site: Site) -> None:
+        """Fold the norms of one site."""
+        assert isinstance(site, Fold)
+        special = {(c.claim.node, c.claim.index) for c in site.conflicts}
+        in_place: dict[ir.Value, Scaling] = {}
+        for part in site.parts:
+            for reader in part.readers:
+                linear = reader.linear
+                if (
+                    self._policy(linear.weight) == "copy"
+                    and (linear.node, linear.weight_index) in special
+                ):
+                    _copy_weight(model, reader, part.scaling(reader))
+                else:
+                    in_place[linear.weight.stored] = part.scaling(reader)
+        for value, scaling in in_place.items():
+            rewrite_constant(value, scaling)
+        rescaled = [c for c in site.conflicts if self._policy(c.claim.weight) == "rescale"]
+        _divide_lookups(model, rescaled)
+        for part in site.parts:
+            for reader, bias in zip(part.readers, part.biases, strict=True):
+                if bias is not None:
+                    _set_bias(model, reader, bias)
+            _make_plain(model, part.norm)
+
+    def _resolves(self, conflict: Conflict) -> bool:
+        policy = self._policy(conflict.claim.weight)
+        return policy == "copy" or (policy == "rescale" and _lookups(conflict) is not None)
+
+    def _policy(self, weight: Weight) -> SharedWeights:
+        if self.shared_weights != "auto":
+            return self.shared_weights
+        return "rescale" if weight.tensor.dtype.itemsize > 2 else "skip"
+
+
+def _look_behind(norm: Norm) -> Part | str:
+    """The linear layers behind a norm, or the reason why it cannot be folded into them."""
+    readers = find_readers(norm.output, norm.axis, norm.width)
+    if readers.obstacles:
+        return f"{readers.obstacles[0]}, so its gain cannot move into weights alone"
+    if not readers.linear:
+        return "no linear layer reads it"
+    part = Part(norm, readers.linear, ())
+    for reader in readers.linear:
+        reason = _weight_reason(part, reader)
+        if reason:
+            return reason
+    biases = []
+    for reader in readers.linear:
+        bias = _folded_bias(norm, reader) if norm.biased else None
+        if isinstance(bias, str):
+            return bias
+        biases.append(bias)
+    return dataclasses.replace(part, biases=tuple(biases))
+
+
+def _weight_reason(part: Part, reader: Reader) -> str:
+    """Why a weight cannot take the gain; empty when it can."""
+    linear, scaling = reader.linear, part.scaling(reader)
+    tensor = linear.weight.tensor
+    where = f"weight {linear.weight.stored.name!r} of {_label(linear.node)}"
+    length = tensor.shape.numpy()[scaling.axis]
+    if not tensor.dtype.is_floating_point() or length * scaling.groups != scaling.gain.size:
+        return f"{where} has shape {tuple(tensor.shape)} and type {tensor.dtype.name}, not a weight"
+    if linear.weight.widened:
+        return (
+            f"{where} is stored in {tensor.dtype.name} and computed in a wider type: folding rounds"
+        )
+    sizes = np.abs(scaling.gain[scaling.gain != 0])
+    wild = sizes.size and (sizes.max() > _SAFE_GAIN or sizes.min() < 1 / _SAFE_GAIN)
+    if tensor.dtype.itemsize <= 2 or wild:
+        loss = rounding_loss(tensor.numpy(), scaling.gain, scaling.axis, scaling.groups)
+        if loss > 1:
+            return f"{where} leaves the range of {tensor.dtype.name} when its gain is folded in"
+    return ""
+
+
+def _folded_bias(norm: Norm, reader: Reader) -> _Array | str:
+    """The bias of a linear layer with the norm's bias folded in, or why it cannot be."""
+    linear, channels = reader.linear, reader.channels
+    where = _label(linear.node)
+    if channels.uneven:
+        return f"{channels.uneven} before {where}, so that its bias is not the same in every row"
+    if linear.contribution is None or not linear.weight.readable:
+        return f"{where} has no place for the bias that its own bias would become"
+    assert norm.bias is not None
+    row = norm.bias[channels.start : channels.stop] * channels.scale
+    matrix = linear.weight.read()
+    total = linear.contribution(matrix, row)
+    dtype = matrix.dtype
+    if linear.bias is not None:
+        present = evaluate(linear.bias)
+        assert present is not None
+        total, dtype = present.astype(np.float64) + total, present.dtype
+    with np.errstate(over="ignore"):
+        rounded = total.astype(dtype)
+    if not np.all(np.isfinite(rounded.astype(np.float64))):
+        return f"the bias of {where} would leave the range of {dtype}"
+    return rounded
+
+
+def _claims(parts: dict[int, Part]) -> Iterator[Claim]:
+    for owner, part in parts.items():
+        for reader in part.readers:
+            linear = reader.linear
+            yield Claim(
+                owner, linear.weight, linear.node, linear.weight_index, part.scaling(reader)
+            )
+
+
+def _together(parts: dict[int, Part], conflicts: list[Conflict]) -> Iterator[Fold]:
+    """Group norms that share weights; one site a group, in the order of their first norms."""
+    groups: list[tuple[set[int], set[ir.Value]]] = []
+    for index, part in parts.items():
+        members, weights = {index}, {reader.linear.weight.stored for reader in part.readers}
+        for group in [one for one in groups if one[1] & weights]:
+            groups.remove(group)
+            members, weights = members | group[0], weights | group[1]
+        groups.append((members, weights))
+    for members, _ in sorted(groups, key=lambda group: min(group[0])):
+        chosen = tuple(parts[index] for index in sorted(members))
+        yield Fold(
+            _label(chosen[0].norm.node),
+            count=len(chosen),
+            inputs=tuple(_names(v for part in chosen for v in _sources(part.norm))),
+            outputs=tuple(_names(r.linear.output for part in chosen for r in part.readers)),
+            parts=chosen,
+            conflicts=tuple(c for c in conflicts if c.claim.owner in members),
+        )
+
+
+def _sources(norm: Norm) -> list[ir.Value]:
+    if norm.fused is None:
+        return [norm.source]
+    constants = (norm.fused.gain, norm.fused.bias)
+    return [v for i, v in enumerate(norm.node.inputs) if v is not None and i not in constants]
+
+
+def _names(values: Iterator[ir.Value]) -> list[str]:
+    return list(dict.fromkeys(value.name or "" for value in values))
+
+
+def _lookups(conflict: Conflict) -> list[ir.Node] | None:
+    """The Gathers that look up rows of a weight, if nothing else reads it besides."""
+    scaling, weight = conflict.claim.change, conflict.claim.weight
+    assert isinstance(scaling, Scaling)
+    if weight.rank != 2 or scaling.groups != 1 or np.any(scaling.gain == 0):
+        return None
+    found: list[ir.Node] = []
+    pending = [(node, scaling.axis) for node in conflict.others]
+    while pending:
+        node, axis = pending.pop()
+        if (
+            node.op_type == "Transpose"
+            and node.domain == ""
+            and not node.outputs[0].is_graph_output()
+        ):
+            pending += [(reader, 1 - axis) for reader in node.outputs[0].consumers()]
+        elif node.op_type == "Gather" and axis == 1 and node.attributes.get_int("axis", 0) == 0:
+            found.append(node)
+        else:
+            return None
+    return None if weight.stored.is_graph_output() else list(dict.fromkeys(found))
+
+
+def _sharing_reason(conflict: Conflict) -> str:
+    weight = conflict.claim.weight
+    others = ", ".join(sorted({_label(node) for node in conflict.others})) or "the caller"
+    return (
+        f"weight {weight.stored.name!r} is also read by {others}: a copy of its own would take "
+        f"{weight.tensor.nbytes:,} bytes (--shared-weights copy)"
+    )
+
+
+def _copy_weight(model: ir.Model, reader: Reader, scaling: Scaling) -> None:
+    linear = reader.linear
+    weight = linear.weight
+    copy = lazily(weight.tensor, scaling, None)
+    value = add_constant(model, f"{weight.stored.name}.folded", copy)
+    for node in weight.path:
+        repeated = ir.Node(
+            node.domain,
+            node.op_type,
+            [value, *node.inputs[1:]],
+            node.attributes.values(),
+            num_outputs=1,
+            name=f"{value.name}/{node.op_type}",
+        )
+        assert linear.node.graph is not None
+        linear.node.graph.insert_before(linear.node, repeated)
+        value = repeated.outputs[0]
+        value.name = repeated.name
+    linear.node.replace_input_with(linear.weight_index, value)
+
+
+def _divide_lookups(model: ir.Model, conflicts: Iterable[Conflict]) -> None:
+    """Take the gain out again of what is looked up in folded tables, once a table."""
+    for conflict in {one.claim.weight.stored: one for one in conflicts}.values():
+        scaling, weight = conflict.claim.change, conflict.claim.weight
+        assert isinstance(scaling, Scaling)
+        dtype = weight.tensor.dtype
+        inverse = ir.Tensor((1 / scaling.gain).astype(dtype.numpy()), dtype=dtype)
+        factor = add_constant(model, f"{weight.stored.name}.unscale", inverse)
+        for node in _lookups(conflict) or ():
+            insert_after(model, node.outputs[0], "Mul", factor)
+
+
+def _set_bias(model: ir.Model, reader: Reader, bias: _Array) -> None:
+    linear = reader.linear
+    name = f"{linear.weight.stored.name}.bias"
+    if linear.bias_index is not None:
+        replace_input(model, linear.node, linear.bias_index, bias, name)
+    elif linear.bias_add is not None:
+        index = list(linear.bias_add.inputs).index(linear.bias)
+        replace_input(model, linear.bias_add, index, bias, name)
+    else:
+        insert_after(model, linear.output, "Add", add_constant(model, name, ir.Tensor(bias)))
+
+
+def _make_plain(model: ir.Model, norm: Norm) -> None:
+    """Leave of a norm only what does not depend on gain and bias."""
+    if norm.fused is not None:
+        ones = shared_vector(model, 1.0, norm.width, norm.dtype)
+        norm.node.replace_input_with(norm.fused.gain, ones)
+        if norm.fused.bias is not None and norm.fused.bias < len(norm.node.inputs):
+            norm.node.replace_input_with(norm.fused.bias, None)
+        return
+    write = functools.partial(
+        write_norm, kind=norm.kind, source=norm.source, width=norm.width, epsilon=norm.epsilon
+    )
+    if norm.kind not in ("rms", "layer") or norm.axis != -1:
+        powers = sorted(((f.value, f.exponent) for f in norm.core), key=lambda p: p[1] != 1)
+        write = functools.partial(write_product, powers=powers)
+    plain = write(model, norm.node, dtype=norm.dtype, name=f"{_label(norm.node)}/plain")
+    norm.output.replace_all_uses_with(plain)
+
+
+def _label(node: ir.Node) -> str:
+    return node.name or node.outputs[0].name or node.op_type

@@ -1,0 +1,464 @@
+"""fold-norm on toy graphs: every spelling, every reader, every refusal."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from onnx_tricks import FoldNorm
+from onnx_tricks.graph.shapes import annotate
+from onnx_tricks.patterns.norm import Norm, find_norms
+from onnx_tricks.rewrite import PassResult, run_passes
+from tests import toys
+
+MEAN_SQUARE = "p = Pow(x, two) m = ReduceMean<keepdims=1>(p, last) a = Add(m, eps) "
+CENTRED = "mu = ReduceMean<keepdims=1>(x, last) d = Sub(x, mu) "
+VARIANCE = CENTRED + "p = Pow(d, two) m = ReduceMean<keepdims=1>(p, last) a = Add(m, eps) "
+
+RMS = {
+    "div sqrt": MEAN_SQUARE + "r = Sqrt(a) n = Div(x, r) z = Mul(n, g)",
+    "one over sqrt": MEAN_SQUARE + "r = Sqrt(a) i = Div(one, r) n = Mul(x, i) z = Mul(g, n)",
+    "reciprocal": MEAN_SQUARE + "r = Sqrt(a) i = Reciprocal(r) n = Mul(x, i) z = Mul(g, n)",
+    "root of reciprocal": MEAN_SQUARE + "i = Reciprocal(a) r = Sqrt(i) n = Mul(x, r) z = Mul(n, g)",
+    "power": MEAN_SQUARE + "i = Pow(a, minus_half) n = Mul(x, i) z = Mul(n, g)",
+    "gain first": MEAN_SQUARE + "r = Sqrt(a) n = Mul(x, g) z = Div(n, r)",
+    "gain on the scale": MEAN_SQUARE + "r = Sqrt(a) i = Reciprocal(r) n = Mul(i, g) z = Mul(x, n)",
+    "square by Mul": MEAN_SQUARE.replace("Pow(x, two)", "Mul(x, x)")
+    + "r = Sqrt(a) n = Div(x, r) z = Mul(n, g)",
+    "sum over width": "p = ReduceSumSquare<keepdims=1>(x, last) m = Div(p, width) a = Add(eps, m) "
+    "r = Sqrt(a) n = Div(x, r) z = Mul(n, g)",
+    "sum times inverse width": "q = Mul(x, x) p = ReduceSum<keepdims=1>(q, last) "
+    "m = Mul(p, inverse_width) a = Add(m, eps) r = Sqrt(a) n = Div(x, r) z = Mul(n, g)",
+    "one plus w": MEAN_SQUARE + "h = Add(one, g1) r = Sqrt(a) n = Div(x, r) z = Mul(n, h)",
+    "gain of rank 3": MEAN_SQUARE + "r = Sqrt(a) n = Div(x, r) z = Mul(n, g3)",
+    "scaled input": "x0 = Mul(x, root_width) "
+    + MEAN_SQUARE.replace("(x,", "(x0,")
+    + "r = Sqrt(a) n = Div(x0, r) z = Mul(n, g)",
+    "with a bias": MEAN_SQUARE + "r = Sqrt(a) n = Div(x, r) k = Mul(n, g) z = Add(k, beta)",
+}
+LAYER = {
+    "div sqrt": VARIANCE + "r = Sqrt(a) n = Div(d, r) k = Mul(n, g) z = Add(k, beta)",
+    "reciprocal": VARIANCE
+    + "r = Sqrt(a) i = Reciprocal(r) n = Mul(d, i) k = Mul(n, g) z = Add(beta, k)",
+    "no bias": VARIANCE + "r = Sqrt(a) n = Div(d, r) z = Mul(n, g)",
+    "centred twice": VARIANCE
+    + "mu2 = ReduceMean<keepdims=1>(x, last) d2 = Sub(x, mu2) r = Sqrt(a) n = Div(d2, r) "
+    "k = Mul(n, g) z = Add(k, beta)",
+    "mean of squares": CENTRED
+    + "p = Mul(x, x) m = ReduceMean<keepdims=1>(p, last) q = Mul(mu, mu) v = Sub(m, q) "
+    "a = Add(v, eps) r = Sqrt(a) n = Div(d, r) k = Mul(n, g) z = Add(k, beta)",
+}
+FUSED = {
+    "LayerNormalization": (18, "z = LayerNormalization<epsilon=0.00001>(x, g, beta)"),
+    "LayerNormalization without bias": (18, "z = LayerNormalization(x, g)"),
+    "RMSNormalization": (23, "z = RMSNormalization<epsilon=0.00001>(x, g)"),
+    "SimplifiedLayerNormalization": (18, "z = SimplifiedLayerNormalization(x, g)"),
+    "SkipLayerNormalization": (18, "z = com.microsoft.SkipLayerNormalization(x, x, g, beta)"),
+    "SkipSimplifiedLayerNormalization": (
+        18,
+        "z = com.microsoft.SkipSimplifiedLayerNormalization(x, x, g)",
+    ),
+}
+OTHER = {
+    "DyT": "h = Mul(x, half) t = Tanh(h) k = Mul(t, g) z = Add(k, beta)",
+    "L2": "l = ReduceL2<keepdims=1>(x, last) m = Max(l, eps) n = Div(x, m) k = Mul(n, root_width) "
+    "z = Mul(k, g)",
+    "epsilon outside": "p = Mul(x, x) m = ReduceMean<keepdims=1>(p, last) r = Sqrt(m) a = Add(r, eps) "
+    "n = Div(x, a) z = Mul(n, g)",
+    "gain behind an operator": "n = LayerNormalization(x, ones) k = Mul(n, g) z = Add(k, beta)",
+}
+READERS = {
+    "MatMul": "y = MatMul(z, w)",
+    "MatMul and bias": "q = MatMul(z, w) y = Add(c, q)",
+    "two MatMuls": "q = MatMul(z, w) k = MatMul(z, w2) y = Add(q, k)",
+    "transposed weight": "t = Transpose<perm=[1,0]>(w_transposed) y = MatMul(z, t)",
+    "Constant node weight": "t = Identity(w) y = MatMul(z, t)",
+    "FusedMatMul": "y = com.microsoft.FusedMatMul<transB=1, alpha=0.5>(z, w_transposed)",
+    "weight on the left": "t = Transpose<perm=[0,2,1]>(z) q = MatMul(w_transposed, t) "
+    "y = Transpose<perm=[0,2,1]>(q)",
+    "vector": "y = MatMul(z, w_vector)",
+    "Gemm": "q = Reshape(z, flat) y = Gemm(q, w, c)",
+    "Gemm without bias": "q = Reshape(z, flat) y = Gemm<alpha=0.5, beta=2.0>(q, w)",
+    "Gemm transposed": "q = Reshape(z, flat) y = Gemm<transB=1, alpha=0.5, beta=2.0>(q, w_transposed, c)",
+    "experts": "q = Unsqueeze(z, axis1) y = MatMul(q, w_experts)",
+    "Conv": "t = Transpose<perm=[0,2,1]>(z) y = Conv(t, w_conv, c)",
+    "Conv without bias": "t = Transpose<perm=[0,2,1]>(z) y = Conv(t, w_conv)",
+    "Conv of width 3": "t = Transpose<perm=[0,2,1]>(z) y = Conv(t, w_conv3, c)",
+    "grouped Conv": "t = Transpose<perm=[0,2,1]>(z) y = Conv<group=2>(t, w_grouped)",
+    "shape read too": "sh = Shape(z) q = MatMul(z, w) f = Cast<to=TYPE>(sh) y = Mul(q, f0) "
+    "fs = ReduceSum<keepdims=0>(f) f0 = Identity(fs)",
+    "Split": "u, v = Split<axis=-1>(z, halves) q = MatMul(u, w_half_channels) "
+    "k = MatMul(v, w_half_channels2) y = Add(q, k)",
+    "rows moved": "q = Transpose<perm=[1,0,2]>(z) u = Slice(q, start, stop, axis0) "
+    "k = Concat<axis=0>(u, q) v = Gather(k, picks) f = Unsqueeze(v, axis1) e = Squeeze(f, axis1) "
+    "y = MatMul(e, w)",
+    "scaled": "q = Mul(z, half) k = Neg(q) y = MatMul(k, w)",
+    "packed": "q = MatMul(z, w_packed) y = Add(q, c_packed)",
+}
+
+
+def fold(proto: onnx.ModelProto, **options: object) -> tuple[onnx.ModelProto, PassResult]:
+    folded = ir.from_proto(proto)
+    (result,) = run_passes(folded, [FoldNorm(**options)])  # type: ignore[arg-type]
+    return ir.to_proto(folded), result
+
+
+def in_order(body: str) -> str:
+    """Nodes in the order in which they can run, for bodies that read better otherwise."""
+    return body.replace(
+        "y = Mul(q, f0) fs = ReduceSum<keepdims=0>(f) f0 = Identity(fs)",
+        "fs = ReduceSum<keepdims=0>(f) f0 = Identity(fs) y = Mul(q, f0)",
+    )
+
+
+def check(body: str, kind: str, opset: int, *, reference_body: str = "") -> onnx.ModelProto:
+    """Fold a toy graph and hold the result to the error rule; returns the folded model."""
+    body = in_order(body)
+    extra = {"w_half_channels2": toys.weights(7)["w_half_channels"].astype(toys.TYPES[kind])}
+    before = toys.model(body, kind=kind, opset=opset, extra=extra)
+    exact = toys.model(
+        reference_body or body,
+        kind="double",
+        opset=opset,
+        extra={k: v.astype(float) for k, v in extra.items()},
+    )
+    rounded = {one.name: one for one in before.graph.initializer}
+    for one in exact.graph.initializer:
+        array = ir.serde.deserialize_tensor(rounded[one.name]).numpy()
+        if one.data_type == onnx.TensorProto.DOUBLE:
+            one.CopyFrom(ir.to_proto(ir.tensor(array.astype(np.float64), name=one.name)))
+    after, result = fold(before)
+    assert [skip.reason for skip in result.skipped] == []
+    assert result.count == 1
+    again, second = fold(after)
+    assert second.count == 0
+    assert again.SerializeToString() == after.SerializeToString()
+    assert not {"g", "g1", "g3", "beta"} & {one.name for one in after.graph.initializer}
+    inputs = toys.feeds(before)
+    (reference,) = toys.run_exactly(exact, {k: v.astype(np.float64) for k, v in inputs.items()})
+    (original,), (optimised,) = toys.run(before, inputs), toys.run(after, inputs)
+    # In float64 the reference is no more exact than what it judges.
+    unit = float(np.finfo(toys.TYPES[kind]).eps) * (16 if kind == "double" else 1)
+    assert toys.error(optimised, reference) <= 2 * toys.error(original, reference) + unit
+    return after
+
+
+@pytest.mark.parametrize("kind", ["float", "float16", "double"])
+@pytest.mark.parametrize("opset", [13, 17, 18, 23])
+@pytest.mark.parametrize("spelling", RMS)
+def test_every_spelling_of_an_rms_norm_folds(spelling: str, opset: int, kind: str) -> None:
+    body = f"{RMS[spelling]} y = MatMul(z, w)"
+    if opset < 18:
+        body = body.replace("<keepdims=1>", "<axes=[-1], keepdims=1>").replace(", last)", ")")
+        if "ReduceSum<" in body:
+            body = body.replace(
+                "ReduceSum<axes=[-1], keepdims=1>(q)", "ReduceSum<keepdims=1>(q, last)"
+            )
+    after = check(body, kind, opset)
+    assert sum(node.op_type == "RMSNormalization" for node in after.graph.node) == (
+        opset == 23 and kind != "double"
+    )
+
+
+@pytest.mark.parametrize("kind", ["float", "float16", "double"])
+@pytest.mark.parametrize("opset", [16, 18])
+@pytest.mark.parametrize("spelling", LAYER)
+def test_every_spelling_of_a_layer_norm_folds(spelling: str, opset: int, kind: str) -> None:
+    body = f"{LAYER[spelling]} y = MatMul(z, w)"
+    if opset < 18:
+        body = body.replace("<keepdims=1>", "<axes=[-1], keepdims=1>").replace(", last)", ")")
+    after = check(body, kind, opset)
+    assert sum(node.op_type == "LayerNormalization" for node in after.graph.node) == (
+        opset == 18 and kind != "double"
+    )
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_every_norm_operator_folds(name: str) -> None:
+    opset, norm = FUSED[name]
+    # The Skip operators have no float64 kernel.
+    if name.startswith("SkipSimplified"):
+        plain = "xx = Add(x, x) z = SimplifiedLayerNormalization(xx, g)"
+    elif name.startswith("Skip"):
+        plain = "xx = Add(x, x) z = LayerNormalization<epsilon=0.00001>(xx, g, beta)"
+    else:
+        plain = norm
+    after = check(
+        f"{norm} y = MatMul(z, w)", "float", opset, reference_body=f"{plain} y = MatMul(z, w)"
+    )
+    assert name.split()[0] in {node.op_type for node in after.graph.node}
+
+
+@pytest.mark.parametrize("kind", ["float", "float16"])
+@pytest.mark.parametrize("name", OTHER)
+def test_other_norms_fold(name: str, kind: str) -> None:
+    check(f"{OTHER[name]} y = MatMul(z, w)", kind, 18)
+
+
+@pytest.mark.parametrize("norm", ["RMS", "LayerNorm"])
+@pytest.mark.parametrize("name", READERS)
+def test_every_linear_reader_takes_gain_and_bias(name: str, norm: str) -> None:
+    body = {
+        "RMS": RMS["div sqrt"],
+        "LayerNorm": "z = LayerNormalization<epsilon=0.00001>(x, g, beta)",
+    }[norm]
+    check(f"{body} {READERS[name]}", "float", 18)
+
+
+def test_half_precision_with_casts_around_the_norm_folds() -> None:
+    inner = MEAN_SQUARE.replace("(x,", "(xx,").replace("two", "two32").replace("eps", "eps32")
+    body = f"xx = Cast<to=1>(x) {inner} r = Sqrt(a) n = Div(xx, r) h = Cast<to=10>(n) z = Mul(g, h)"
+    extra = {"two32": np.float32(2), "eps32": np.float32(1e-5)}
+    extra = {name: np.asarray(number) for name, number in extra.items()}
+    for opset in (18, 23):
+        before = toys.model(f"{body} y = MatMul(z, w)", kind="float16", opset=opset, extra=extra)
+        after, result = fold(before)
+        assert result.count == 1
+        inputs = toys.feeds(before)
+        assert toys.error(toys.run(after, inputs)[0], toys.run(before, inputs)[0]) < 1e-3
+        casts = sum(node.op_type == "Cast" for node in after.graph.node)
+        assert casts == (0 if opset == 23 else 2)
+
+
+def test_bfloat16_weights_are_folded_and_rounded_once() -> None:
+    before = toys.model(
+        f"{FUSED['LayerNormalization without bias'][1]} y = MatMul(z, w)", kind="bfloat16"
+    )
+    after, result = fold(before)
+    assert result.count == 1
+    arrays = {
+        one.name: ir.serde.deserialize_tensor(one).numpy() for one in before.graph.initializer
+    }
+    (folded,) = (one for one in after.graph.initializer if one.name == "w")
+    exact = arrays["g"].astype(np.float64)[:, None] * arrays["w"].astype(np.float64)
+    expected = exact.astype(toys.TYPES["bfloat16"])
+    np.testing.assert_array_equal(ir.serde.deserialize_tensor(folded).numpy(), expected)
+
+
+def test_channels_first_norm_folds_into_a_convolution() -> None:
+    body = (
+        "mu = ReduceMean<keepdims=1>(x, axis1) d = Sub(x, mu) p = Pow(d, two) "
+        "m = ReduceMean<keepdims=1>(p, axis1) a = Add(m, eps) r = Sqrt(a) n = Div(d, r) "
+        "k = Mul(n, g_channel) z = Add(k, beta_channel) y = Conv(z, w_conv)"
+    )
+    before = toys.model(body, inputs="x[b,D,s]")
+    after, result = fold(before)
+    assert result.count == 1
+    inputs = toys.feeds(before)
+    assert toys.error(toys.run(after, inputs)[0], toys.run(before, inputs)[0]) < 1e-6
+
+
+def test_weights_in_constant_nodes_fold() -> None:
+    before = toys.model(f"{RMS['div sqrt']} y = MatMul(z, w)")
+    (weight,) = (one for one in before.graph.initializer if one.name == "w")
+    node = onnx.helper.make_node("Constant", [], ["w"], value=weight)
+    before.graph.initializer.remove(weight)
+    before.graph.node.insert(0, node)
+    after, result = fold(before)
+    assert result.count == 1
+    inputs = toys.feeds(before)
+    assert toys.error(toys.run(after, inputs)[0], toys.run(before, inputs)[0]) < 1e-6
+
+
+def test_norms_of_one_width_share_one_vector_of_ones() -> None:
+    body = (
+        "z = LayerNormalization(x, g, beta) h = MatMul(z, w_square) "
+        "z2 = LayerNormalization(h, g3_flat) y = MatMul(z2, w)"
+    )
+    after, result = fold(
+        toys.model(body, extra={"g3_flat": toys.weights(3)["g"].astype(np.float32)})
+    )
+    assert result.count == 2
+    scales = {node.input[1] for node in after.graph.node if node.op_type == "LayerNormalization"}
+    assert scales == {"onnx_tricks.ones.16.float"}
+
+
+IF_BODY = """
+flag = Cast<to=9>(f)
+y = If(flag) <
+  then_branch = yes () => (float[b,s,F] t) { zt = LayerNormalization(x, g, beta) t = MatMul(zt, w) },
+  else_branch = no () => (float[b,s,F] e) { ze = LayerNormalization(x, g, beta) q = MatMul(ze, w) e = Neg(q) }
+>
+"""
+
+
+def test_branches_that_share_outer_weights_fold_together() -> None:
+    before = toys.model(IF_BODY, inputs="x[b,s,D] f[]")
+    after, result = fold(before)
+    assert result.count == 2
+    assert len(result.applied) == 1
+    for flag in (0.0, 1.0):
+        inputs = toys.feeds(before) | {"f": np.array(flag, dtype=np.float32)}
+        assert toys.error(toys.run(after, inputs)[0], toys.run(before, inputs)[0]) < 1e-6
+
+
+TIED = "x = Gather(table, ids) z = LayerNormalization(x, g) t = Transpose<perm=[1,0]>(table) y = MatMul(z, t)"
+
+
+@pytest.mark.parametrize(
+    ("policy", "folded", "tables"), [("rescale", 1, 1), ("copy", 1, 2), ("skip", 0, 1)]
+)
+def test_a_tied_head_is_rescaled_copied_or_skipped(policy: str, folded: int, tables: int) -> None:
+    before = toys.model(TIED, inputs="ids[b,s]")
+    after, result = fold(before, shared_weights=policy)
+    assert result.count == folded
+    assert sum(list(one.dims) == [toys.V, toys.D] for one in after.graph.initializer) == tables
+    if policy == "skip":
+        (skip,) = result.skipped
+        assert f"{toys.V * toys.D * 4:,} bytes" in skip.reason
+    inputs = toys.feeds(before)
+    assert toys.error(toys.run(after, inputs)[0], toys.run(before, inputs)[0]) < 1e-6
+
+
+def test_a_head_tied_through_a_transposed_lookup_is_rescaled() -> None:
+    body = (
+        "e = Transpose<perm=[1,0]>(w_square) x = Gather(e, ids) z = LayerNormalization(x, g) "
+        "y = MatMul(z, w_square)"
+    )
+    before = toys.model(body, inputs="ids[b,s]")
+    after, result = fold(before)
+    assert result.count == 1
+    inputs = {"ids": np.arange(10).reshape(2, 5)}
+    assert toys.error(toys.run(after, inputs)[0], toys.run(before, inputs)[0]) < 1e-6
+
+
+def test_a_weight_that_two_norms_of_one_gain_read_is_folded_once() -> None:
+    body = (
+        "z = LayerNormalization(x, g) h = MatMul(z, w_square) "
+        "z2 = LayerNormalization(h, g) y = MatMul(z2, w_square)"
+    )
+    before = toys.model(body)
+    after, result = fold(before)
+    assert (result.count, len(result.applied)) == (2, 1)
+    inputs = toys.feeds(before)
+    assert toys.error(toys.run(after, inputs)[0], toys.run(before, inputs)[0]) < 1e-6
+
+
+LN = "z = LayerNormalization(x, g, beta) "
+REFUSALS = {
+    "residual": (LN + "q = MatMul(z, w_square) y = Add(q, z)", "is not linear in it"),
+    "graph output": (LN + "q = MatMul(z, w) y = Identity(z)", "is an output of the graph"),
+    "activation": (LN + "q = Sigmoid(z) y = MatMul(q, w)", "is not linear in it"),
+    "gain from outside": (
+        "z = LayerNormalization(x, x1) y = MatMul(z, w)",
+        "gain is not a constant",
+    ),
+    "bias from outside": (
+        "z = LayerNormalization(x, g, x1) y = MatMul(z, w)",
+        "bias is not a constant",
+    ),
+    "weight from outside": (LN + "y = MatMul(z, x2)", "not a constant weight"),
+    "no reader": (
+        "z = LayerNormalization(x, g) sh = Shape(z) y = Cast<to=1>(sh)",
+        "no linear layer",
+    ),
+    "two axes": (
+        "z = LayerNormalization<axis=1>(x4, g_matrix) y = MatMul(z, w)",
+        "more than the last axis",
+    ),
+    "padded bias": (
+        LN + "t = Transpose<perm=[0,2,1]>(z) y = Conv<pads=[1,1]>(t, w_conv3)",
+        "no place for the bias",
+    ),
+    "masked bias": (LN + "k = Mul(z, x_row) y = MatMul(k, w)", "not the same in every row"),
+    "rows of zeros": (LN + "k = Pad(z, no_pads) y = MatMul(k, w)", "not the same in every row"),
+    "heads": (LN + "k = Reshape(z, heads) y = MatMul(k, w_head)", "does not keep its channels"),
+    "joined": (LN + "k = Concat<axis=1>(z, x) y = MatMul(k, w)", "not scaled alike"),
+    "joined channels": (LN + "k = Concat<axis=-1>(z, x) y = MatMul(k, w_double)", "other channels"),
+    "Gemm as bias": (
+        "x0 = Reshape(x, flat) z = LayerNormalization(x0, g) y = Gemm(x0, w_square, z)",
+        "adds it as a bias",
+    ),
+    "shared weight": (
+        "z = LayerNormalization(x, g) q = MatMul(z, w_square) k = MatMul(x, w_square) y = Add(q, k)",
+        "is also read by",
+    ),
+    "quantised": (
+        LN + "q, s, o = DynamicQuantizeLinear(z) k = DequantizeLinear(q, s, o) y = MatMul(k, w)",
+        "before quantising",
+    ),
+    "stored narrower": (LN + "k = Cast<to=1>(w16) y = MatMul(z, k)", "stored in FLOAT16"),
+    "no bias in Einsum": (LN + 'y = Einsum<equation="bsd,df->bsf">(z, w)', "no place for the bias"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_does_not_qualify_is_refused_with_its_reason(case: str) -> None:
+    body, reason = REFUSALS[case]
+    inputs = {"x1": "[D]", "x2": "[D,m]", "x4": "[b,4,D]", "x_row": "[b,s,1]"}
+    named = [
+        f"{name}{shape}"
+        for name, shape in inputs.items()
+        if f"{name})" in body or f"{name}," in body
+    ]
+    extra = {
+        "w_head": np.ones((toys.D // 4, 3), dtype=np.float32),
+        "w_double": np.ones((2 * toys.D, 3), dtype=np.float32),
+        "w16": np.ones((toys.D, 3), dtype=np.float16),
+    }
+    before = toys.model(body, inputs=" ".join(["x[b,s,D]", *named]), extra=extra)
+    after, result = fold(before)
+    assert result.count == 0
+    assert reason in " ".join(skip.reason for skip in result.skipped)
+    assert after.SerializeToString() == ir.to_proto(ir.from_proto(before)).SerializeToString()
+
+
+def test_a_fold_that_overflows_half_precision_is_refused() -> None:
+    body = "z = SimplifiedLayerNormalization(x, big) y = MatMul(z, w_wide)"
+    for factor in (6e4, 1e-7):
+        gain = np.full(toys.D, factor, dtype=np.float16)
+        weight = np.full((toys.D, 3), 1.5, dtype=np.float16) / (1 if factor > 1 else 100)
+        proto = toys.model(body, kind="float16", extra={"big": gain, "w_wide": weight})
+        _, result = fold(proto)
+        assert "leaves the range of FLOAT16" in result.skipped[0].reason
+
+
+def test_einsum_takes_a_gain() -> None:
+    body = 'z = LayerNormalization(x, g) y = Einsum<equation="bsd,df->bsf">(z, w)'
+    check(body, "float", 18)
+
+
+NODE_TESTS = ("test_rms_normalization", "test_layer_normalization")
+
+
+def _node_test_models() -> list[tuple[str, onnx.ModelProto]]:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from onnx.backend.test.case.node import collect_testcases
+
+        found = collect_testcases(None)
+    cases = []
+    for case in found:
+        if not case.name.startswith(NODE_TESTS):
+            continue
+        proto = onnx.ModelProto()
+        proto.CopyFrom(case.model)
+        for value, array in zip(list(proto.graph.input), case.data_sets[0][0], strict=True):
+            if value.name in ("W", "B"):
+                proto.graph.initializer.append(ir.to_proto(ir.tensor(array, name=value.name)))
+                proto.graph.input.remove(value)
+        cases.append((case.name, proto))
+    return cases
+
+
+def test_the_operator_tests_of_onnx_are_recognised_or_rightly_refused() -> None:
+    cases = _node_test_models()
+    assert len(cases) == 95
+    for name, proto in cases:
+        given = ir.from_proto(proto)
+        annotate(given)
+        found = list(find_norms(given))
+        assert len(found) == 1, name
+        shape = next(list(one.dims) for one in proto.graph.initializer if one.name == "W")
+        flattened = "layer" in name and "expanded" in name
+        if len(shape) == 1 or flattened:
+            # The expanded LayerNormalization flattens all normalised axes into one.
+            assert isinstance(found[0], Norm), name
+            assert found[0].width == np.prod(shape), name
+            assert found[0].kind == ("rms" if "rms" in name else "layer"), name
+        else:
+            assert "more than the last axis" in found[0].reason, name
