@@ -184,7 +184,6 @@ def insert_after(model: ir.Model, value: ir.Value, op_type: str, operand: ir.Val
     added = ir.Node("", op_type, [value, operand], num_outputs=1, name=name)
     node.graph.insert_after(node, added)
     output = added.outputs[0]
-    output.name = name
     for reader, index in readers:
         reader.replace_input_with(index, output)
     if value.is_graph_output():
@@ -192,6 +191,7 @@ def insert_after(model: ir.Model, value: ir.Value, op_type: str, operand: ir.Val
         for index, one in enumerate(graph.outputs):
             if one is value:
                 graph.outputs[index] = output
-    value.name, output.name = name, value.name
+    # The name moves on with the meaning: it is part of what users see.
+    output.name, value.name = value.name, fresh_name(model, f"{value.name}/{node.op_type}")
     output.shape, output.type = value.shape, value.type
     output.meta.update(value.meta)

@@ -79,7 +79,7 @@ def write_norm(
     value = writer.cast(source, given, inner)
     if kind == "layer":
         value = writer.op("Sub", [value, writer.mean(value, inner, opset)], inner)
-    square = writer.op("Pow", [value, writer.number("two", 2.0, inner)], inner)
+    square = writer.op("Pow", [value, writer.number("exponent", 2.0, inner)], inner)
     mean = writer.mean(square, inner, opset)
     shifted = writer.op("Add", [mean, writer.number("epsilon", epsilon, inner)], inner)
     root = writer.op("Sqrt", [shifted], inner)
@@ -118,7 +118,7 @@ def write_product(
         if abs(exponent) == Fraction(1, 2):
             value = writer.op("Sqrt", [value], inner)
         elif abs(exponent) != 1:
-            power = writer.number("power", float(abs(exponent)), inner)
+            power = writer.number("exponent", float(abs(exponent)), inner)
             value = writer.op("Pow", [value, power], inner)
         op_type = "Mul" if exponent > 0 else "Div"
         total = value if total is None else writer.op(op_type, [total, value], inner)
@@ -162,5 +162,5 @@ class _Writer:
         return self.op("ReduceMean", [value, axes], dtype, (keep,))
 
     def number(self, word: str, number: float, dtype: ir.DataType) -> ir.Value:
-        label = f"{word}.{number:.9g}.{dtype.name.lower()}"
-        return shared_constant(self.model, label, np.asarray(number, dtype=dtype.numpy()))
+        array = np.asarray(number, dtype=dtype.numpy())
+        return shared_constant(self.model, f"{word}.{array[()]!s}.{dtype.name.lower()}", array)

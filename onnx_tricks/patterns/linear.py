@@ -65,6 +65,8 @@ def find_linear(node: ir.Node, index: int, axis: int) -> Linear | str:
     """
     finder = _FINDERS.get((node.domain, node.op_type))
     if finder is None:
+        if node.domain == "" and node.op_type in ("Add", "Sub", "Sum"):
+            return "adds it to another value, as a residual connection does"
         return "is not linear in it"
     return finder(node, index, axis)
 

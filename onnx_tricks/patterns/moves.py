@@ -104,24 +104,31 @@ def _dropout(node: ir.Node, index: int, channels: Channels) -> _Moved | Obstacle
 
 def _reshape(node: ir.Node, _: int, channels: Channels) -> _Moved | Obstacle:
     output = node.outputs[0]
-    length = dim(output, -1) or (_last_of(node.inputs[1]) if node.op_type == "Reshape" else None)
+    length = dim(output, -1) or (_entry(node.inputs[1], -1) if node.op_type == "Reshape" else None)
     if channels.axis != -1 or length != channels.width:
         return Obstacle(node, "does not keep its channels on one axis, or not visibly so")
     return [(output, channels)]
 
 
-def _last_of(shape: ir.Value | None) -> int | None:
-    """The last length in a value that holds a shape, where it is known."""
-    array = evaluate(shape)
+def _entry(vector: ir.Value | None, place: int) -> int | None:
+    """One entry, counted from the end, of a vector of integers, as far as it is known."""
+    array = evaluate(vector)
     if array is not None:
-        return int(array.reshape(-1)[-1]) if array.size and array.reshape(-1)[-1] > 0 else None
-    node = shape.producer() if shape is not None else None
+        known = array.ndim == 1 and array.dtype.kind == "i" and -place <= array.size
+        return int(array[place]) if known else None
+    node = vector.producer() if vector is not None else None
     if node is None or node.domain != "" or node.inputs[0] is None:
         return None
     if node.op_type == "Shape" and not node.attributes:
-        return dim(node.inputs[0], -1)
-    if node.op_type in ("Concat", "Cast", "Identity", "Unsqueeze"):
-        return _last_of(node.inputs[-1 if node.op_type == "Concat" else 0])
+        return dim(node.inputs[0], place)
+    if node.op_type in ("Cast", "Identity"):
+        return _entry(node.inputs[0], place)
+    if node.op_type == "Concat":
+        for piece in reversed(node.inputs):
+            length = dim(piece, 0) if piece is not None else None
+            if length is None or -place <= length:
+                return _entry(piece, place) if length is not None else None
+            place += length
     return None
 
 
@@ -227,8 +234,7 @@ def _gather_nd(node: ir.Node, _: int, channels: Channels) -> _Moved | Obstacle:
 
 
 def _tile(node: ir.Node, index: int, channels: Channels) -> _Moved | Obstacle:
-    repeats = evaluate(node.inputs[1])
-    if repeats is None or repeats.reshape(-1)[channels.axis] != 1:
+    if _entry(node.inputs[1], channels.axis) != 1:
         return Obstacle(node, "may repeat its channels")
     return _same(node, index, channels)
 

@@ -94,6 +94,8 @@ READERS = {
     "rows moved": "q = Transpose<perm=[1,0,2]>(z) u = Slice(q, start, stop, axis0) "
     "k = Concat<axis=0>(u, q) v = Gather(k, picks) f = Unsqueeze(v, axis1) e = Squeeze(f, axis1) "
     "y = MatMul(e, w)",
+    "tiled": "s1 = Shape(z) n1 = Gather(s1, axis0) r1 = Concat<axis=0>(n1, axis1, axis1) "
+    "q = Tile(z, r1) y = MatMul(q, w)",
     "scaled": "q = Mul(z, half) k = Neg(q) y = MatMul(k, w)",
     "packed": "q = MatMul(z, w_packed) y = Add(q, c_packed)",
 }
@@ -338,7 +340,7 @@ def test_a_weight_that_two_norms_of_one_gain_read_is_folded_once() -> None:
 
 LN = "z = LayerNormalization(x, g, beta) "
 REFUSALS = {
-    "residual": (LN + "q = MatMul(z, w_square) y = Add(q, z)", "is not linear in it"),
+    "residual": (LN + "q = MatMul(z, w_square) y = Add(q, z)", "as a residual connection does"),
     "graph output": (LN + "q = MatMul(z, w) y = Identity(z)", "is an output of the graph"),
     "activation": (LN + "q = Sigmoid(z) y = MatMul(q, w)", "is not linear in it"),
     "gain from outside": (
