@@ -1,0 +1,166 @@
+"""Decide whether an optimised model computes what the original computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from onnx_tricks.errors import UsageError
+from onnx_tricks.rewrite import Site
+from onnx_tricks.verify.memory import memory_shortage
+from onnx_tricks.verify.sessions import load_runtime
+from onnx_tricks.verify.sites import compare_sites
+from onnx_tricks.verify.tally import Finding
+from onnx_tricks.verify.whole import CandidateError, Comparison, NotComparable, compare_models
+
+__all__ = ["Verification", "verify"]
+
+_STATUSES = ("passed", "skipped", "failed")  # from best to worst
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """Whether a candidate computes what the original computes.
+
+    Attributes:
+        status: "passed", "failed" or "skipped" (nothing could be compared).
+        reference: What errors are measured against: "float64", "original" (the original itself;
+            its own error is then what rounding its weights once amounts to), "sites" (one
+            rewritten region after the other, in float64), or "" when skipped.
+        error_before: Relative error of the original, at the output that comes closest to what is
+            allowed or exceeds it most; None where nothing was measured.
+        error_after: Relative error of the candidate at the same output.
+        cases: Number of cases (prompts, batches; regions when by sites) that were compared.
+        message: Why it failed or was skipped, and what to do; how the reference was made.
+        findings: The errors of every output.
+    """
+
+    status: str
+    reference: str
+    error_before: float | None
+    error_after: float | None
+    cases: int
+    message: str
+    findings: tuple[Finding, ...] = ()
+
+    @classmethod
+    def worst(cls, results: Iterable[Verification]) -> Verification:
+        """Merge the results of the files of one export: the worst, all cases counted.
+
+        Raises:
+            ValueError: There are no results.
+        """
+        found = list(results)
+        result = max(found, key=lambda one: (_STATUSES.index(one.status), one.severity))
+        return dataclasses.replace(result, cases=sum(one.cases for one in found))
+
+    @property
+    def severity(self) -> float:
+        """The largest error in units of what is allowed."""
+        return max((finding.severity for finding in self.findings), default=0.0)
+
+    def to_dict(self) -> dict[str, str | int | float | None]:
+        """Return what a report holds, ready for JSON."""
+        return {
+            "status": self.status,
+            "reference": self.reference,
+            "error_before": self.error_before,
+            "error_after": self.error_after,
+            "cases": self.cases,
+            "message": self.message,
+        }
+
+
+def verify(
+    reference: Path,
+    candidate: Path,
+    *,
+    sites: Sequence[Site] = (),
+    memory_limit: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Verification:
+    """Verify that a candidate computes what the original computes.
+
+    Both run in ONNX Runtime, fully optimised, on the same seeded inputs: prompts of several
+    lengths, a batch with left padding, decoding step by step with caches, images, features,
+    whatever the model's inputs call for. Errors are measured against the original raised to
+    float64. The rule is `Tally`'s: the candidate's error may be twice the original's own.
+
+    Args:
+        reference: The original: an .onnx file, or a folder of them as exporters write it.
+        candidate: The candidate: likewise; files of two folders are paired by name.
+        sites: The regions that were rewritten. Models too large for the memory at hand are
+            compared by them; without, such models are skipped.
+        memory_limit: Bytes that verification may use; None for what the machine has free.
+        progress: Told what runs next.
+
+    Returns:
+        The verdict. A model that does not run here is "skipped", never "passed".
+
+    Raises:
+        UsageError: ONNX Runtime is not installed, or the paths do not pair up.
+        ModelError: A file is not a model.
+    """
+    load_runtime()
+    told = progress or (lambda _: None)
+    return Verification.worst(
+        _verify_file(original, result, sites, memory_limit, told)
+        for original, result in _pairs(reference, candidate)
+    )
+
+
+def _pairs(reference: Path, candidate: Path) -> list[tuple[Path, Path]]:
+    for path in (reference, candidate):
+        if not path.exists():
+            raise UsageError(f"{path} does not exist.")
+    if reference.is_dir() != candidate.is_dir():
+        raise UsageError(
+            f"{reference} and {candidate}: give two .onnx files or two folders, not one of each."
+        )
+    if not reference.is_dir():
+        return [(reference, candidate)]
+    files = sorted(reference.glob("**/*.onnx"))
+    pairs = [(file, candidate / file.relative_to(reference)) for file in files]
+    if not pairs:
+        raise UsageError(f"{reference} holds no .onnx file.")
+    missing = [str(result.relative_to(candidate)) for _, result in pairs if not result.is_file()]
+    if missing:
+        raise UsageError(f"{candidate} lacks {', '.join(missing)}, which {reference} holds.")
+    return pairs
+
+
+def _verify_file(
+    reference: Path,
+    candidate: Path,
+    sites: Sequence[Site],
+    memory_limit: int | None,
+    progress: Callable[[str], None],
+) -> Verification:
+    shortage = memory_shortage(reference, candidate, memory_limit)
+    try:
+        if not shortage:
+            return _judge(compare_models(reference, candidate, progress))
+        if not sites:
+            raise NotComparable(f"{shortage}, and no rewritten regions are known to compare alone")
+        return _judge(compare_sites(reference, candidate, sites, progress))
+    except NotComparable as error:
+        return Verification("skipped", "", None, None, 0, f"{reference.name}: {error}")
+    except CandidateError as error:
+        return Verification("failed", "", None, None, 0, f"{candidate.name}: {error}")
+
+
+def _judge(comparison: Comparison) -> Verification:
+    worst = max(comparison.findings, key=lambda finding: finding.severity, default=None)
+    if worst is None:
+        return Verification("skipped", "", None, None, 0, "no output could be compared")
+    return Verification(
+        status="passed" if worst.passed else "failed",
+        reference=comparison.reference,
+        error_before=worst.before if math.isfinite(worst.before) else None,
+        error_after=worst.after if math.isfinite(worst.after) else None,
+        cases=comparison.cases,
+        message="; ".join(filter(None, ["" if worst.passed else str(worst), comparison.note])),
+        findings=comparison.findings,
+    )

@@ -1,0 +1,251 @@
+"""Compare two models by running both whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from onnx_tricks.errors import TricksError
+from onnx_tricks.graph.load import load_model
+from onnx_tricks.verify.decoding import decode
+from onnx_tricks.verify.inputs import Case, Step, plans
+from onnx_tricks.verify.interface import read_interface
+from onnx_tricks.verify.noise import nudge_weights
+from onnx_tricks.verify.reference import CannotRaise, raise_to_double
+from onnx_tricks.verify.sessions import Array, Session, SessionError
+from onnx_tricks.verify.siblings import Siblings
+from onnx_tricks.verify.tally import SINGLE, Finding, Tally, counted
+
+__all__ = ["CandidateError", "Comparison", "NotComparable", "compare_models"]
+
+_Outputs = list[dict[str, Array]]
+# Opens a session when its turn comes, so that one model at a time is in memory.
+_Source = Callable[[], Session]
+# An error this many times what is allowed is no matter of rounding.
+_FAR_OFF = 10
+
+
+class NotComparable(TricksError):  # noqa: N818 - a refusal, not a failure
+    """The original does not run here, so there is nothing to compare with."""
+
+
+class CandidateError(TricksError):
+    """The candidate does not load or run where the original does."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What comparing two models gave.
+
+    Attributes:
+        reference: What errors are measured against: "float64", "original" or "sites".
+        findings: One per output and phase.
+        cases: Number of cases.
+        note: What a reader should know about the reference, or "".
+    """
+
+    reference: str
+    findings: tuple[Finding, ...]
+    cases: int
+    note: str
+
+
+def compare_models(reference: Path, candidate: Path, progress: Callable[[str], None]) -> Comparison:
+    """Run two models on the same inputs and measure their errors.
+
+    Args:
+        reference: The original model.
+        candidate: The model that is to compute the same.
+        progress: Told what runs next.
+
+    Returns:
+        The errors of every output.
+
+    Raises:
+        NotComparable: The original does not run on any inputs that could be made for it.
+        CandidateError: The candidate does not load or run.
+    """
+    pair = _Pair(reference, candidate, progress)
+    wide, note = _raised(reference)
+    progress("running the original")
+    try:
+        original = pair.first_outputs()
+    except SessionError as refusal:
+        if wide is None:
+            raise NotComparable(f"ONNX Runtime refuses the original: {refusal}") from refusal
+        return _both_in_float64(pair, wide, refusal)
+    while wide is not None:
+        progress("running the original in float64")
+        try:
+            expected = list(pair.run(wide()))
+            if _usable(pair.cases, expected, original):
+                return _against_float64(pair, expected, original, note)
+            original = pair.first_outputs()
+        except (NotComparable, SessionError) as error:
+            wide, note = None, f"no float64 reference: {error}"
+    return _directly(pair, original, note)
+
+
+class _Pair:
+    """Two models and the cases that the original runs."""
+
+    def __init__(self, reference: Path, candidate: Path, progress: Callable[[str], None]) -> None:
+        self.reference = reference
+        self.candidate = candidate
+        self.progress = progress
+        interface = read_interface(load_model(reference).model)
+        self._presents = interface.presents
+        self._remaining = plans(interface, Siblings(reference))
+        self.cases: tuple[Case, ...] = ()
+
+    def run(self, session: Session) -> Iterator[dict[str, Array]]:
+        """Yield the outputs of all steps of all cases."""
+        for case in self.cases:
+            for _, outputs in decode(session, case, self._presents):
+                yield outputs
+
+    def first_outputs(self, source: _Source | None = None) -> _Outputs:
+        """Run the original on the richest cases, of those not tried yet, that it can run.
+
+        Args:
+            source: A form of the original other than the file itself.
+
+        Raises:
+            NotComparable: There are none; the cases stay as they were.
+            SessionError: ONNX Runtime refuses the model itself.
+        """
+        session = source() if source else Session(self.reference)
+        before, refusal = self.cases, "no inputs could be made for it"
+        for cases in self._remaining:
+            self.cases = cases
+            try:
+                outputs = list(self.run(session))
+            except SessionError as error:
+                refusal = str(error)
+                continue
+            if _usable(cases, outputs, outputs):
+                return outputs
+            refusal = "it computes NaN"
+        self.cases = before
+        raise NotComparable(f"the original runs on no inputs that were tried: {refusal}")
+
+    def run_candidate(self, source: _Source | None = None) -> Iterator[dict[str, Array]]:
+        """Yield the outputs of the candidate.
+
+        Raises:
+            CandidateError: It does not load or run.
+        """
+        try:
+            yield from self.run(source() if source else Session(self.candidate))
+        except SessionError as error:
+            raise CandidateError(f"ONNX Runtime does not run it: {error}") from error
+
+    def measure(
+        self,
+        tally: Tally,
+        expected: _Outputs,
+        original: Iterable[dict[str, Array]],
+        candidate: Iterable[dict[str, Array]],
+    ) -> tuple[Finding, ...]:
+        """Sum up the errors of both models."""
+        steps = _steps(self.cases)
+        for (case, phase, step), *values in zip(steps, expected, original, candidate, strict=True):
+            tally.add(case.name, phase, step, *values)
+        return tuple(tally.findings())
+
+
+def _against_float64(pair: _Pair, expected: _Outputs, original: _Outputs, note: str) -> Comparison:
+    """Measure both models, in their own type, against the original in float64."""
+    pair.progress("running the result")
+    findings = pair.measure(Tally(), expected, original, pair.run_candidate())
+    if 1 < max((finding.severity for finding in findings), default=0) < _FAR_OFF:
+        pair.progress("running both in float64, to tell rounded weights from wrong ones")
+        nudged, exact = _raised(pair.reference, nudged=True)[0], _raised(pair.candidate)[0]
+        if nudged is not None and exact is not None:
+            moved = list(pair.run(nudged()))
+            rounding = pair.measure(Tally(eps=SINGLE), expected, moved, pair.run_candidate(exact))
+            judged = tuple(map(_allow_rounding, findings, rounding))
+            if judged != findings:
+                also = "the original's error includes that of rounding its weights once"
+                findings, note = judged, "; ".join(filter(None, [note, also]))
+    return Comparison("float64", findings, len(pair.cases), note)
+
+
+def _allow_rounding(finding: Finding, exact: Finding) -> Finding:
+    """Count the rounding of rewritten weights as the original's own, where it is nothing else.
+
+    An original in half precision is exact by definition in its weights, and its arithmetic is
+    often float32 inside: rounding a rewritten weight once, which no rewrite can avoid, may then
+    be most of the error. `exact` tells: it is measured in float64, where only weights differ.
+
+    Args:
+        finding: Errors of original and candidate in their own type.
+        exact: Errors, in float64, of the original with nudged weights and of the candidate.
+    """
+    before = math.hypot(finding.before, exact.before)
+    if finding.passed or finding.problem or not exact.passed or finding.after > 2 * before:
+        return finding
+    return dataclasses.replace(finding, before=before, allowed=2 * before)
+
+
+def _both_in_float64(pair: _Pair, wide: _Source, refusal: SessionError) -> Comparison:
+    """Compare models that the runtime cannot run in their own type (bfloat16) in float64."""
+    exact, note = _raised(pair.candidate)
+    nudged, _ = _raised(pair.reference, nudged=True)
+    if exact is None or nudged is None:
+        raise NotComparable(f"ONNX Runtime refuses the original ({refusal}); {note}")
+    pair.progress("running both in float64")
+    expected = pair.first_outputs(wide)
+    original = list(pair.run(nudged()))
+    findings = pair.measure(Tally(eps=SINGLE), expected, original, pair.run_candidate(exact))
+    note = (
+        f"ONNX Runtime refuses the original in its own type ({refusal}): both ran in float64, and "
+        "the original's error is what rounding its weights once amounts to"
+    )
+    return Comparison("float64", findings, len(pair.cases), note)
+
+
+def _directly(pair: _Pair, expected: _Outputs, note: str) -> Comparison:
+    """Compare with the original itself, against what rounding its weights once amounts to."""
+    pair.progress("running the original with its weights nudged")
+    model = load_model(pair.reference).model
+    nudge_weights(model)
+    original = list(pair.run(Session(model, optimised=False)))
+    pair.progress("running the result")
+    findings = pair.measure(Tally(direct=True), expected, original, pair.run_candidate())
+    return Comparison("original", findings, len(pair.cases), note)
+
+
+def _raised(path: Path, *, nudged: bool = False) -> tuple[_Source | None, str]:
+    """Raise a model to float64, and say which ops stay in float32, or why it cannot be raised."""
+    model = load_model(path).model
+    if nudged:
+        nudge_weights(model, widen=True)
+    try:
+        narrow = raise_to_double(model)
+    except CannotRaise as error:
+        return None, f"no float64 reference: {error}"
+    note = f"float64 but for {', '.join(sorted(narrow))} in float32" if narrow else ""
+    return functools.partial(Session, model, optimised=False), note
+
+
+def _steps(cases: tuple[Case, ...]) -> Iterator[tuple[Case, str, Step]]:
+    for case in cases:
+        for index, step in enumerate(case.steps):
+            yield case, "step" if index else "prompt", step
+
+
+def _usable(cases: tuple[Case, ...], outputs: _Outputs, original: _Outputs) -> bool:
+    """Say whether outputs hold no NaN, and nothing infinite that the original does not."""
+    for (_, _, step), ours, theirs in zip(_steps(cases), outputs, original, strict=True):
+        for name, array in ours.items():
+            if np.issubdtype(array.dtype, np.floating) and array.size:
+                lost = np.isnan(array) | (np.isinf(array) & np.isfinite(theirs[name]))
+                if (lost & counted(array, step)).any():
+                    return False
+    return True
