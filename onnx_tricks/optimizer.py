@@ -86,11 +86,14 @@ def optimize(
     chosen = select_passes(passes, enable, skip)
     if verify and not dry_run:
         load_runtime()
-    run = _Run(chosen, verify and not dry_run, progress or (lambda _: None))
+    told = progress or (lambda _: None)
     if isinstance(model, (ir.Model, onnx.ModelProto)):
+        run = _Run("", chosen, verify and not dry_run, told)
         return run.in_memory(model, None if dry_run else output)
-    source = Path(model)
-    if os.fspath(model) == "demo" and not source.exists():
+    given = os.fspath(model)
+    run = _Run(given, chosen, verify and not dry_run, told)
+    source = Path(given)
+    if given == "demo" and not source.exists():
         source = demo_path()
     return run.from_files(source, None if dry_run else output)
 
@@ -132,8 +135,10 @@ class _Rewritten:
 class _Run:
     """One run over the files of one model."""
 
-    def __init__(self, passes: Sequence[Pass], verify: bool, progress: Progress) -> None:
-        self.passes, self.verify, self.progress = passes, verify, progress
+    def __init__(
+        self, given: str, passes: Sequence[Pass], verify: bool, progress: Progress
+    ) -> None:
+        self.given, self.passes, self.verify, self.progress = given, passes, verify, progress
         self.start = time.perf_counter()
         self.reports = {one.name: PassReport(one.name) for one in passes}
         self.before: Sizes | None = None
@@ -153,7 +158,7 @@ class _Run:
             models = [self._one_file(one, plan, staging, found) for one in plan.outputs]
             verification = Verification.worst(found) if found else _SKIPPED
             where = None if output is None else os.fspath(output)
-            report = self._report(source, where, verification)
+            report = self._report(where, verification)
             if staging is not None and output is not None:
                 staging.commit()
                 models = [load_model(plan.folder / one.target).model for one in plan.outputs]
@@ -183,7 +188,7 @@ class _Run:
                     folder / "original.onnx", staged, sites=rewritten.sites
                 )
             where = None if output is None else os.fspath(output)
-            report = self._report(None, where, verification)
+            report = self._report(where, verification)
             if staging is not None and plan is not None:
                 staging.commit()
                 rewritten.model = load_model(plan.folder / plan.outputs[0].target).model
@@ -226,14 +231,12 @@ class _Run:
         self.after = after if self.after is None else self.after + after
         return _Rewritten(final, layout, [site for result in results for site in result.applied])
 
-    def _report(
-        self, source: Path | None, output: str | None, verification: Verification
-    ) -> Report:
+    def _report(self, output: str | None, verification: Verification) -> Report:
         assert self.before is not None
         assert self.after is not None
         failed = verification.status == "failed"
         report = Report(
-            input="" if source is None else str(source),
+            input=self.given,
             output=None if failed else output,
             passes=list(self.reports.values()),
             before=self.before,

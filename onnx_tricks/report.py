@@ -108,7 +108,7 @@ def print_verification(result: Verification, console: Console, *, verbose: bool 
 
 
 def _passes(report: Report) -> RenderableType:
-    table = Table("pass", title=report.input or None, title_justify="left")
+    table = Table("pass")
     for name in ("applied", "skipped", "seconds"):
         table.add_column(name, justify="right")
     for one in report.passes:

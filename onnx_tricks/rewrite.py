@@ -126,8 +126,8 @@ def run_passes(model: ir.Model, passes: Sequence[Pass]) -> list[PassResult]:
 def _run(current: Pass, model: ir.Model) -> tuple[list[Site], list[Skip]]:
     """Run one pass until it finds no more sites: one rewrite may open the way for another."""
     applied: list[Site] = []
+    annotate(model)
     for _ in range(_MAX_ROUNDS):
-        annotate(model)
         found = list(current.sites(model))
         sites = [item for item in found if isinstance(item, Site)]
         skips = [item for item in found if isinstance(item, Skip)]

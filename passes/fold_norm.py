@@ -361,6 +361,8 @@ def _make_plain(model: ir.Model, norm: Norm) -> None:
         powers = sorted(((f.value, f.exponent) for f in norm.core), key=lambda p: p[1] != 1)
         write = functools.partial(write_product, powers=powers)
     plain = write(model, norm.node, dtype=norm.dtype, name=f"{_label(norm.node)}/plain")
+    plain.shape = norm.output.shape
+    plain.meta.update(norm.output.meta)
     norm.output.replace_all_uses_with(plain)
 
 
