@@ -17,7 +17,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _BLOCK = 1 << 21  # elements
 
 
-def scale_axis(weight: Array, gain: Array, axis: int, groups: int = 1) -> Array:
+def scale_axis(
+    weight: Array, gain: Array, axis: int, groups: int = 1, rows: slice = slice(None)
+) -> Array:
     """Multiply a weight by one gain per input channel, rounding once.
 
     Args:
@@ -26,12 +28,15 @@ def scale_axis(weight: Array, gain: Array, axis: int, groups: int = 1) -> Array:
         axis: The input-channel axis of the weight.
         groups: With groups, axis 0 of the weight is split into as many parts, and part j reads the
             j-th part of the channels (a grouped Conv).
+        rows: Which entries of axis 0 to compute.
 
     Returns:
-        A new array like `weight`: `weight * gain` along the axis, exact to half a unit in the last
-        place.
+        A new array like `weight[rows]`: `weight * gain` along the axis, exact to half a
+        unit in the last place.
     """
     factor = _along_axis(weight, gain, axis, groups)
+    factor = factor[rows] if factor.shape[0] > 1 else factor
+    weight = weight[rows]
     with np.errstate(over="ignore", under="ignore"):
         narrow: Array = factor.astype(weight.dtype)
         if np.array_equal(narrow.astype(np.float64), factor):

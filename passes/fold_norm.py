@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, Literal
 
@@ -12,9 +11,9 @@ import onnx_ir as ir
 
 from onnx_tricks.graph.constants import evaluate
 from onnx_tricks.graph.edit import (
+    ChangedTensor,
     add_constant,
     insert_after,
-    lazily,
     replace_input,
     rewrite_constant,
     shared_vector,
@@ -47,18 +46,26 @@ class Scaling:
         """[D] float64."""
         return np.frombuffer(self.factors)
 
-    def __call__(self, weight: _Array) -> _Array:
-        """The folded weight, rounded once to its own type."""
-        return scale_axis(weight, self.gain, self.axis, self.groups)
+    def __call__(self, weight: _Array, rows: slice) -> _Array:
+        """Rows of the folded weight, rounded once to its own type."""
+        return scale_axis(weight, self.gain, self.axis, self.groups, rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One norm, its linear layers, and the bias that each of them gets (None: none needed)."""
+    """One norm and its linear layers.
+
+    Attributes:
+        norm: The norm.
+        readers: The linear layers behind it.
+        biases: The new bias of each of them; empty where the norm has no bias to fold.
+        kept: What stays of the norm's bias, divided by the gain; None where nothing does.
+    """
 
     norm: Norm
     readers: tuple[Reader, ...]
-    biases: tuple[_Array | None, ...]
+    biases: tuple[_Array, ...] = ()
+    kept: _Array | None = None
 
     def scaling(self, reader: Reader) -> Scaling:
         """What the weight of one reader is multiplied with."""
@@ -90,6 +97,8 @@ class FoldNorm(Pass):
     Exact: in real arithmetic; folded in float64, rounded once to the dtype of W.
     Applies when: g, beta and W are constant and every reader of the norm is linear.
     Saves: D (or 2 D) parameters and one or two element-wise operators per norm.
+    The bias stays in the norm, as beta / g, where a linear layer cannot take it (rows that are
+    padded or masked in between) or where new biases would outgrow what goes (a head without bias).
     Source: arXiv:2407.09577, Proposition 1 and section 3.5.
 
     Attributes:
@@ -114,6 +123,8 @@ class FoldNorm(Pass):
                 yield Skip(_label(norm.node), norm.reason)
             elif not norm.plain:
                 part = _look_behind(norm)
+                if part is None:
+                    continue
                 if isinstance(part, str):
                     yield Skip(_label(norm.node), part)
                 else:
@@ -147,10 +158,9 @@ class FoldNorm(Pass):
         rescaled = [c for c in site.conflicts if self._policy(c.claim.weight) == "rescale"]
         _divide_lookups(model, rescaled)
         for part in site.parts:
-            for reader, bias in zip(part.readers, part.biases, strict=True):
-                if bias is not None:
-                    _set_bias(model, reader, bias)
-            _make_plain(model, part.norm)
+            for reader, bias in zip(part.readers, part.biases, strict=False):
+                _set_bias(model, reader, bias)
+            _make_plain(model, part.norm, part.kept)
 
     def _resolves(self, conflict: Conflict) -> bool:
         policy = self._policy(conflict.claim.weight)
@@ -162,25 +172,45 @@ class FoldNorm(Pass):
         return "rescale" if weight.tensor.dtype.itemsize > 2 else "skip"
 
 
-def _look_behind(norm: Norm) -> Part | str:
-    """The linear layers behind a norm, or the reason why it cannot be folded into them."""
+def _look_behind(norm: Norm) -> Part | str | None:
+    """The linear layers behind a norm; or why it cannot be folded; None when nothing is left to."""
     readers = find_readers(norm.output, norm.axis, norm.width)
     if readers.obstacles:
         return f"{readers.obstacles[0]}, so its gain cannot move into weights alone"
     if not readers.linear:
         return "no linear layer reads it"
-    part = Part(norm, readers.linear, ())
+    part = Part(norm, readers.linear)
     for reader in readers.linear:
         reason = _weight_reason(part, reader)
         if reason:
             return reason
-    biases = []
-    for reader in readers.linear:
-        bias = _folded_bias(norm, reader) if norm.biased else None
-        if isinstance(bias, str):
-            return bias
-        biases.append(bias)
-    return dataclasses.replace(part, biases=tuple(biases))
+    if not norm.biased:
+        return part
+    biases = [_folded_bias(norm, reader) for reader in readers.linear]
+    refusals = [bias for bias in biases if isinstance(bias, str)]
+    arrays = [bias for bias in biases if not isinstance(bias, str)]
+    if not refusals and not _outgrows(norm, readers.linear, arrays):
+        return dataclasses.replace(part, biases=tuple(arrays))
+    if np.all(norm.gain == 1):
+        return None
+    kept = _kept_bias(norm)
+    if kept is None:
+        return f"{(refusals or ['its bias'])[0]}, and it cannot stay behind a gain with zeros"
+    return dataclasses.replace(part, kept=kept)
+
+
+def _outgrows(norm: Norm, readers: tuple[Reader, ...], biases: list[_Array]) -> bool:
+    """Whether biases that are not there yet would hold more numbers than gain and bias do."""
+    new = [b.size for r, b in zip(readers, biases, strict=True) if r.linear.bias is None]
+    return sum(new) > 2 * norm.width
+
+
+def _kept_bias(norm: Norm) -> _Array | None:
+    """The bias in front of a gain that has moved on, `beta / g`; None where there is none."""
+    assert norm.bias is not None
+    with np.errstate(all="ignore"):
+        kept: _Array = (norm.bias / norm.gain).astype(norm.dtype.numpy())
+    return kept if np.all(np.isfinite(kept.astype(np.float64))) else None
 
 
 def _weight_reason(part: Part, reader: Reader) -> str:
@@ -304,7 +334,7 @@ def _sharing_reason(conflict: Conflict) -> str:
 def _copy_weight(model: ir.Model, reader: Reader, scaling: Scaling) -> None:
     linear = reader.linear
     weight = linear.weight
-    copy = lazily(weight.tensor, scaling, None)
+    copy = ChangedTensor(weight.tensor, scaling, None)
     value = add_constant(model, f"{weight.stored.name}.folded", copy)
     for node in weight.path:
         repeated = ir.Node(
@@ -346,21 +376,37 @@ def _set_bias(model: ir.Model, reader: Reader, bias: _Array) -> None:
         insert_after(model, linear.output, "Add", add_constant(model, name, ir.Tensor(bias)))
 
 
-def _make_plain(model: ir.Model, norm: Norm) -> None:
-    """Leave of a norm only what does not depend on gain and bias."""
+def _make_plain(model: ir.Model, norm: Norm, kept: _Array | None) -> None:
+    """Leave of a norm only what does not depend on gain and folded bias."""
     if norm.fused is not None:
         ones = shared_vector(model, 1.0, norm.width, norm.dtype)
         norm.node.replace_input_with(norm.fused.gain, ones)
         if norm.fused.bias is not None and norm.fused.bias < len(norm.node.inputs):
-            norm.node.replace_input_with(norm.fused.bias, None)
+            if kept is None:
+                norm.node.replace_input_with(norm.fused.bias, None)
+            else:
+                replace_input(model, norm.node, norm.fused.bias, kept, f"{_label(norm.node)}.bias")
         return
-    write = functools.partial(
-        write_norm, kind=norm.kind, source=norm.source, width=norm.width, epsilon=norm.epsilon
-    )
-    if norm.kind not in ("rms", "layer") or norm.axis != -1:
+    name = f"{_label(norm.node)}/plain"
+    bias = None
+    if kept is not None:
+        shape = (norm.width,) + (1,) * (-1 - norm.axis)
+        bias = add_constant(model, f"{name}/bias", ir.Tensor(kept.reshape(shape)))
+    if norm.kind in ("rms", "layer") and norm.axis == -1:
+        plain = write_norm(
+            model,
+            norm.node,
+            norm.kind,
+            norm.source,
+            width=norm.width,
+            epsilon=norm.epsilon,
+            dtype=norm.dtype,
+            bias=bias,
+            name=name,
+        )
+    else:
         powers = sorted(((f.value, f.exponent) for f in norm.core), key=lambda p: p[1] != 1)
-        write = functools.partial(write_product, powers=powers)
-    plain = write(model, norm.node, dtype=norm.dtype, name=f"{_label(norm.node)}/plain")
+        plain = write_product(model, norm.node, powers, dtype=norm.dtype, bias=bias, name=name)
     plain.shape = norm.output.shape
     plain.meta.update(norm.output.meta)
     norm.output.replace_all_uses_with(plain)

@@ -102,9 +102,10 @@ def model(
         element = {"ids": "int64", "mask": "bool"}.get(name, kind)
         declared.append(f"{element}[{shape}] {name}")
     returned = ", ".join(f"{kind} {name.strip()}" for name in outputs.split(","))
+    nodes = body.replace("TYPE", str(ONNX_TYPES[kind]))
     text = (
         f'<ir_version: 10, opset_import: ["" : {opset}, "com.microsoft" : 1]>\n'
-        f"toy ({', '.join(declared)}) => ({returned}) {{\n{body.replace('TYPE', str(ONNX_TYPES[kind]))}\n}}"
+        f"toy ({', '.join(declared)}) => ({returned}) {{\n{nodes}\n}}"
     )
     proto = onnx.parser.parse_model(text)
     constants = {name: array.astype(TYPES[kind]) for name, array in weights().items()}

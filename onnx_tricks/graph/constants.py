@@ -32,6 +32,11 @@ def stored_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
     node = value.producer()
     if node is None or node.op_type != "Constant" or node.domain != "":
         return None
+    attribute = node.attributes.get("value")
+    if attribute is not None and attribute.type == ir.AttributeType.TENSOR:
+        # get_const_tensor would name the tensor after the value, and so change the model.
+        tensor: ir.TensorProtocol | None = attribute.value
+        return tensor
     return ir.convenience.get_const_tensor(value)
 
 

@@ -95,7 +95,9 @@ def _attach_weights(model: ir.Model, data: DataFiles) -> DataLayout:
         for node in body.all_nodes():
             for attribute in list(node.attributes.values()):
                 if not attribute.is_ref() and attribute.type in _TENSOR_ATTRIBUTES:
-                    node.attributes.add(_mapped(attribute, attached))
+                    mapped = _mapped(attribute, attached)
+                    if mapped.value is not attribute.value:
+                        node.attributes.add(mapped)
     if len(sizes) < 2:
         return DataLayout(tuple(sizes))
     return DataLayout(tuple(sizes), max(sum(parts.values()) for parts in sizes.values()))

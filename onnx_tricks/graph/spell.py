@@ -34,9 +34,10 @@ def write_norm(
     width: int,
     epsilon: float,
     dtype: ir.DataType,
+    bias: ir.Value | None = None,
     name: str,
 ) -> ir.Value:
-    """Write an RMSNorm or LayerNorm over the last axis, without gain and bias.
+    """Write an RMSNorm or LayerNorm over the last axis, without gain.
 
     Args:
         model: The model; its opset decides the spelling.
@@ -46,6 +47,7 @@ def write_norm(
         width: D.
         epsilon: Added to the mean square.
         dtype: Type of the result. Where it is a half type, the norm is computed in float32.
+        bias: A constant [D] of `dtype` to add, or None.
         name: Stem of the names of the nodes.
 
     Returns:
@@ -60,6 +62,9 @@ def write_norm(
         # They compute half types in float32 by themselves.
         inner = max(given, dtype, key=lambda one: one.itemsize)
         ones = shared_vector(model, 1.0, width, inner)
+        inside = []
+        if kind == "layer" and bias is not None and inner == dtype:
+            inside, bias = [bias], None
         attributes = [ir.AttrInt64("axis", -1), ir.AttrFloat32("epsilon", epsilon)]
         if inner == ir.DataType.DOUBLE and kind == "rms":
             attributes.append(ir.AttrInt64("stash_type", _STASH_DOUBLE))
@@ -67,13 +72,13 @@ def write_norm(
         output = insert(
             before,
             op_type,
-            [writer.cast(source, given, inner), ones],
+            [writer.cast(source, given, inner), ones, *inside],
             name=name,
             model=model,
             dtype=inner,
             attributes=attributes,
         )
-        return writer.cast(output, inner, dtype)
+        return writer.plus(writer.cast(output, inner, dtype), bias, dtype)
     inner = max(given, dtype, key=lambda one: one.itemsize)
     inner = ir.DataType.FLOAT if inner in _HALF else inner
     value = writer.cast(source, given, inner)
@@ -85,11 +90,11 @@ def write_norm(
     root = writer.op("Sqrt", [shifted], inner)
     value = writer.cast(writer.op("Div", [value, root], inner), inner, dtype)
     if coarse:
-        return value
+        return writer.plus(value, bias, dtype)
     value = writer.op("Mul", [value, shared_vector(model, 1.0, width, dtype)], dtype)
-    if kind == "layer":
-        value = writer.op("Add", [value, shared_vector(model, 0.0, width, dtype)], dtype)
-    return value
+    if kind == "layer" and bias is None:
+        bias = shared_vector(model, 0.0, width, dtype)
+    return writer.plus(value, bias, dtype)
 
 
 def write_product(
@@ -98,6 +103,7 @@ def write_product(
     powers: Sequence[tuple[ir.Value, Fraction]],
     *,
     dtype: ir.DataType,
+    bias: ir.Value | None = None,
     name: str,
 ) -> ir.Value:
     """Write a product of powers, the first of which has exponent one.
@@ -107,6 +113,7 @@ def write_product(
         before: The node in front of which the product is placed.
         powers: Values of any floating type, and their exponents.
         dtype: Type of the result; the product is computed in the widest type of its factors.
+        bias: A constant of `dtype` to add, or None.
         name: Stem of the names of the nodes.
     """
     writer = _Writer(model, before, name)
@@ -123,7 +130,7 @@ def write_product(
         op_type = "Mul" if exponent > 0 else "Div"
         total = value if total is None else writer.op(op_type, [total, value], inner)
     assert total is not None
-    return writer.cast(total, inner, dtype)
+    return writer.plus(writer.cast(total, inner, dtype), bias, dtype)
 
 
 class _Writer:
@@ -153,6 +160,9 @@ class _Writer:
         if given == wanted:
             return value
         return self.op("Cast", [value], wanted, (ir.AttrInt64("to", wanted),))
+
+    def plus(self, value: ir.Value, bias: ir.Value | None, dtype: ir.DataType) -> ir.Value:
+        return value if bias is None else self.op("Add", [value, bias], dtype)
 
     def mean(self, value: ir.Value, dtype: ir.DataType, opset: int) -> ir.Value:
         keep = ir.AttrInt64("keepdims", 1)

@@ -15,7 +15,7 @@ _FLOATING = frozenset(
 )
 
 
-def nudge_weights(model: ir.Model, *, widen: bool = False) -> None:
+def nudge_weights(model: ir.Model, candidate: ir.Model | None = None) -> None:
     """Move the weights of a model as far as rounding them once would, in place and lazily.
 
     Where a rewrite computes a weight anew it has to round it, even if it is exact otherwise: the
@@ -24,26 +24,35 @@ def nudge_weights(model: ir.Model, *, widen: bool = False) -> None:
 
     Args:
         model: The model.
-        widen: Make the weights float64 and move each by what was rounded off, a uniform half
-            unit in the last place. Otherwise they keep their type, and one in twelve moves by a
-            whole unit, which is as much in the mean square.
+        candidate: A rewritten form of the model. Only the weights that it does not hold as they
+            are then move; they become float64, and each moves by what was rounded off, a uniform
+            half unit in the last place. Without it all weights keep their type, and one value in
+            twelve moves by a whole unit, which is as much in the mean square.
     """
+    others = {} if candidate is None else candidate.graph.initializers
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if tensor is None or tensor.dtype not in _FLOATING or tensor.size < 2:
             continue
+        if name in others and _equal(tensor, others[name].const_value):
+            continue
+        widen = candidate is not None
         dtype = ir.DataType.DOUBLE if widen else tensor.dtype
-        value.const_value = ir.LazyTensor(
-            functools.partial(_nudged, tensor, widen), dtype, tensor.shape, name=name
-        )
+        nudged = functools.partial(_nudged, tensor, widen)
+        value.const_value = ir.LazyTensor(nudged, dtype, ir.Shape(tensor.shape.numpy()), name=name)
         value.dtype = dtype
+
+
+def _equal(tensor: ir.TensorProtocol, other: ir.TensorProtocol | None) -> bool:
+    if other is None or (tensor.dtype, tensor.shape) != (other.dtype, other.shape):
+        return False
+    return np.array_equal(tensor.numpy(), other.numpy())
 
 
 def _nudged(tensor: ir.TensorProtocol, widen: bool) -> ir.TensorProtocol:
     array = tensor.numpy()
-    draw = np.random.default_rng(zlib.crc32((tensor.name or "").encode())).random(
-        array.shape, dtype=np.float32
-    )
+    random = np.random.default_rng(zlib.crc32((tensor.name or "").encode()))
+    draw = random.random(array.shape, dtype=np.float32)
     # Zeros and masks are no rounded numbers.
     rounded = (array != 0) & np.isfinite(array)
     above = np.nextafter(array, np.asarray(np.inf, array.dtype))

@@ -10,6 +10,8 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from onnx_tricks.errors import TricksError
+from onnx_tricks.graph.constants import is_constant
+from onnx_tricks.graph.shapes import annotate, dtype_of
 from onnx_tricks.verify.expand import expand
 from onnx_tricks.verify.sessions import Session, SessionError
 
@@ -20,6 +22,7 @@ _NARROW = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT1
 _MOVING = frozenset(
     {"Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 )
+_LONGEST_DECISION = 20
 _LINEAR = frozenset({"Einsum", "Gemm", "MatMul"})
 # Attributes that name the type in which an op computes inside, whatever the type of its inputs.
 _INNER_TYPES = ("stash_type", "softmax_precision")
@@ -49,6 +52,7 @@ def raise_to_double(model: ir.Model) -> collections.Counter[str]:
     """
     if model.functions:
         common_passes.InlinePass()(model)
+    annotate(model)
     raiser = _Raiser(model.opset_imports)
     raiser.graph(model.graph)
     if not raiser.raised:
@@ -67,6 +71,7 @@ class _Raiser:
         self.types: dict[ir.Value, ir.DataType | None] = {}
         self.narrow: collections.Counter[str] = collections.Counter()
         self.raised = False
+        self.decisions: set[ir.Node] = set()
 
     def graph(self, graph: ir.Graph, *, inner: bool = False) -> None:
         for value in graph.initializers.values():
@@ -75,6 +80,7 @@ class _Raiser:
             if not value.is_initializer():
                 self.raised |= value.dtype in _NARROW
                 self._set(value, ir.DataType.DOUBLE if value.dtype in _NARROW else value.dtype)
+        self.decisions |= _decisions(graph)
         for node in list(graph):
             self._node(node)
         for index, value in enumerate(graph.outputs):
@@ -92,6 +98,10 @@ class _Raiser:
     def _node(self, node: ir.Node) -> None:
         if node.op_type == "Constant" and node.domain == "":
             self._set(node.outputs[0], _constant_type(node))
+            return
+        if node in self.decisions:
+            for output in node.outputs:
+                self._set(output, dtype_of(output))
             return
         if any(attr.type == ir.AttributeType.GRAPH for attr in node.attributes.values()):
             self._control_flow(node)
@@ -141,6 +151,34 @@ class _Raiser:
                 branch = attr.as_graph()
         for value, result in zip(node.outputs, branch.outputs, strict=True):
             self._set(value, self.types[result])
+
+
+def _decisions(graph: ir.Graph) -> set[ir.Node]:
+    """The float nodes by which integers become other integers, as positions become buckets.
+
+    Such a step (`Log` between two casts in T5) is part of what the model says, down to its
+    rounding: in float64 a position on the edge would fall into another bucket.
+    """
+    found: set[ir.Node] = set()
+    for last in graph:
+        if last.op_type != "Cast" or ir.DataType(last.attributes["to"].as_int()) in _FLOATING:
+            continue
+        chain: set[ir.Node] = set()
+        pending = [last.inputs[0]]
+        while pending:
+            value = pending.pop()
+            node = value.producer() if value is not None else None
+            if value is None or is_constant(value) or node in chain:
+                continue
+            if node is None or len(chain) > _LONGEST_DECISION:
+                break  # weights or activations have a part in it
+            chain.add(node)
+            source = node.inputs[0] if node.inputs else None
+            if node.op_type != "Cast" or (source and dtype_of(source) in _FLOATING):
+                pending += node.inputs
+        else:
+            found |= chain | ({last} if chain else set())
+    return found
 
 
 _FLOATING = _NARROW | {ir.DataType.DOUBLE}

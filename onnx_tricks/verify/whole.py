@@ -165,13 +165,13 @@ def _against_float64(pair: _Pair, expected: _Outputs, original: _Outputs, note: 
     findings = pair.measure(Tally(), expected, original, pair.run_candidate())
     if 1 < max((finding.severity for finding in findings), default=0) < _FAR_OFF:
         pair.progress("running both in float64, to tell rounded weights from wrong ones")
-        nudged, exact = _raised(pair.reference, nudged=True)[0], _raised(pair.candidate)[0]
+        nudged, exact = _raised(pair.reference, pair.candidate)[0], _raised(pair.candidate)[0]
         if nudged is not None and exact is not None:
             moved = list(pair.run(nudged()))
             rounding = pair.measure(Tally(eps=SINGLE), expected, moved, pair.run_candidate(exact))
             judged = tuple(map(_allow_rounding, findings, rounding))
             if judged != findings:
-                also = "the original's error includes that of rounding its weights once"
+                also = "the original's error includes rounding the rewritten weights once"
                 findings, note = judged, "; ".join(filter(None, [note, also]))
     return Comparison("float64", findings, len(pair.cases), note)
 
@@ -196,7 +196,7 @@ def _allow_rounding(finding: Finding, exact: Finding) -> Finding:
 def _both_in_float64(pair: _Pair, wide: _Source, refusal: SessionError) -> Comparison:
     """Compare models that the runtime cannot run in their own type (bfloat16) in float64."""
     exact, note = _raised(pair.candidate)
-    nudged, _ = _raised(pair.reference, nudged=True)
+    nudged, _ = _raised(pair.reference, pair.candidate)
     if exact is None or nudged is None:
         raise NotComparable(f"ONNX Runtime refuses the original ({refusal}); {note}")
     pair.progress("running both in float64")
@@ -205,7 +205,7 @@ def _both_in_float64(pair: _Pair, wide: _Source, refusal: SessionError) -> Compa
     findings = pair.measure(Tally(eps=SINGLE), expected, original, pair.run_candidate(exact))
     note = (
         f"ONNX Runtime refuses the original in its own type ({refusal}): both ran in float64, and "
-        "the original's error is what rounding its weights once amounts to"
+        "the original's error is what rounding the rewritten weights once amounts to"
     )
     return Comparison("float64", findings, len(pair.cases), note)
 
@@ -221,11 +221,14 @@ def _directly(pair: _Pair, expected: _Outputs, note: str) -> Comparison:
     return Comparison("original", findings, len(pair.cases), note)
 
 
-def _raised(path: Path, *, nudged: bool = False) -> tuple[_Source | None, str]:
-    """Raise a model to float64, and say which ops stay in float32, or why it cannot be raised."""
+def _raised(path: Path, candidate: Path | None = None) -> tuple[_Source | None, str]:
+    """Raise a model to float64, and say which ops stay in float32, or why it cannot be raised.
+
+    Given a candidate, the weights that it does not share are nudged before.
+    """
     model = load_model(path).model
-    if nudged:
-        nudge_weights(model, widen=True)
+    if candidate is not None:
+        nudge_weights(model, load_model(candidate).model)
     try:
         narrow = raise_to_double(model)
     except CannotRaise as error:

@@ -1,4 +1,4 @@
-"""fold-norm on trained models, as real exporters write them: all norms found, the error rule met."""
+"""fold-norm on trained models as exporters write them: all norms found, the error rule met."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ import onnx_tricks
 from onnx_tricks import FoldNorm, Report
 from tests.conftest import Export, import_recipes
 
-import_recipes()
-
-from onnx_tricks.models import trained
+trained = import_recipes().trained
 
 TIED = "is also read by"
 OUTPUT = "is an output of the graph"
 
-# recipe, exporter, type, norms folded, reasons why others are not. In half precision the norm before
-# a tied head stays. Whisper's encoder ends in a norm; its merged decoder holds two decoders.
+# recipe, exporter, type, norms folded, reasons why others are not. In half precision the norm
+# before a tied head stays. Whisper's encoder ends in a norm; its merged decoder holds two decoders.
 MODELS = [
     ("smollm2-2", "optimum", "fp32", 2 * 2 + 1, []),
     ("smollm2-2", "dynamo18", "fp32", 2 * 2 + 1, []),

@@ -1,4 +1,4 @@
-"""Every pass on golden graphs: ONNX text in, ONNX text out (`pytest --update-golden` rewrites it)."""
+"""Every pass on golden graphs: ONNX text in, ONNX text out (`--update-golden` rewrites it)."""
 
 from __future__ import annotations
 
