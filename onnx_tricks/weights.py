@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-__all__ = ["rounding_loss", "row_product", "scale_axis"]
+__all__ = ["folded_size", "rounding_loss", "row_product", "scale_axis"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _BLOCK = 1 << 21  # elements
@@ -98,6 +98,17 @@ def rounding_loss(weight: Array, gain: Array, axis: int, groups: int = 1) -> flo
     # A value rounded to a grid is off by a twelfth of the spacing squared, in the mean.
     lost = float(info.smallest_subnormal) * np.sqrt(subnormal / 12)
     return 0.0 if lost == 0 else float(lost / (np.sqrt(square) * float(info.eps) / 2))
+
+
+def folded_size(weight: Array, gain: Array, axis: int, groups: int = 1) -> float:
+    """The Frobenius norm of a folded weight, without making it.
+
+    That is also the size of what a linear layer makes of a normalised row, whose channels are of
+    size one. Arguments as for `scale_axis`.
+    """
+    factor = np.broadcast_to(_along_axis(weight, gain, axis, groups), weight.shape)
+    squares = (np.square(weight[b].astype(np.float64) * factor[b]).sum() for b in _blocks(weight))
+    return float(np.sqrt(sum(squares)))
 
 
 def row_product(row: Array, matrix: Array) -> Array:

@@ -24,7 +24,7 @@ from onnx_tricks.patterns.readers import Reader, find_readers
 from onnx_tricks.patterns.sharing import Claim, Conflict, find_conflicts
 from onnx_tricks.patterns.weight import Weight
 from onnx_tricks.rewrite import Pass, Site, Skip
-from onnx_tricks.weights import rounding_loss, scale_axis
+from onnx_tricks.weights import folded_size, rounding_loss, scale_axis
 
 __all__ = ["FoldNorm"]
 
@@ -98,7 +98,8 @@ class FoldNorm(Pass):
     Applies when: g, beta and W are constant and every reader of the norm is linear.
     Saves: D (or 2 D) parameters and one or two element-wise operators per norm.
     The bias stays in the norm, as beta / g, where a linear layer cannot take it (rows that are
-    padded or masked in between) or where new biases would outgrow what goes (a head without bias).
+    padded or masked in between), where new biases would outgrow what goes (a head without bias),
+    or where the new bias would be larger than what it is added to, and its rounding felt.
     Source: arXiv:2407.09577, Proposition 1 and section 3.5.
 
     Attributes:
@@ -189,7 +190,7 @@ def _look_behind(norm: Norm) -> Part | str | None:
     biases = [_folded_bias(norm, reader) for reader in readers.linear]
     refusals = [bias for bias in biases if isinstance(bias, str)]
     arrays = [bias for bias in biases if not isinstance(bias, str)]
-    if not refusals and not _outgrows(norm, readers.linear, arrays):
+    if not refusals and not _outgrows(part, arrays) and not _dominates(part, arrays):
         return dataclasses.replace(part, biases=tuple(arrays))
     if np.all(norm.gain == 1):
         return None
@@ -199,10 +200,24 @@ def _look_behind(norm: Norm) -> Part | str | None:
     return dataclasses.replace(part, kept=kept)
 
 
-def _outgrows(norm: Norm, readers: tuple[Reader, ...], biases: list[_Array]) -> bool:
+def _outgrows(part: Part, biases: list[_Array]) -> bool:
     """Whether biases that are not there yet would hold more numbers than gain and bias do."""
-    new = [b.size for r, b in zip(readers, biases, strict=True) if r.linear.bias is None]
-    return sum(new) > 2 * norm.width
+    new = [b.size for r, b in zip(part.readers, biases, strict=True) if r.linear.bias is None]
+    return sum(new) > 2 * part.norm.width
+
+
+def _dominates(part: Part, biases: list[_Array]) -> bool:
+    """Whether a bias would be larger than what it is added to, and its rounding felt most.
+
+    Trained norms have such biases where they take off what all rows have in common: moved behind
+    the weights, two large numbers would cancel there that have been rounded on their own.
+    """
+    for reader, bias in zip(part.readers, biases, strict=True):
+        scaling, tensor = part.scaling(reader), reader.linear.weight.tensor
+        size = folded_size(tensor.numpy(), scaling.gain, scaling.axis, scaling.groups)
+        if np.linalg.norm(bias.astype(np.float64)) > size:
+            return True
+    return False
 
 
 def _kept_bias(norm: Norm) -> _Array | None:

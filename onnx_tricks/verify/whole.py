@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -26,8 +25,6 @@ __all__ = ["CandidateError", "Comparison", "NotComparable", "compare_models"]
 _Outputs = list[dict[str, Array]]
 # Opens a session when its turn comes, so that one model at a time is in memory.
 _Source = Callable[[], Session]
-# An error this many times what is allowed is no matter of rounding.
-_FAR_OFF = 10
 
 
 class NotComparable(TricksError):  # noqa: N818 - a refusal, not a failure
@@ -163,34 +160,7 @@ def _against_float64(pair: _Pair, expected: _Outputs, original: _Outputs, note: 
     """Measure both models, in their own type, against the original in float64."""
     pair.progress("running the result")
     findings = pair.measure(Tally(), expected, original, pair.run_candidate())
-    if 1 < max((finding.severity for finding in findings), default=0) < _FAR_OFF:
-        pair.progress("running both in float64, to tell rounded weights from wrong ones")
-        nudged, exact = _raised(pair.reference, pair.candidate)[0], _raised(pair.candidate)[0]
-        if nudged is not None and exact is not None:
-            moved = list(pair.run(nudged()))
-            rounding = pair.measure(Tally(eps=SINGLE), expected, moved, pair.run_candidate(exact))
-            judged = tuple(map(_allow_rounding, findings, rounding))
-            if judged != findings:
-                also = "the original's error includes rounding the rewritten weights once"
-                findings, note = judged, "; ".join(filter(None, [note, also]))
     return Comparison("float64", findings, len(pair.cases), note)
-
-
-def _allow_rounding(finding: Finding, exact: Finding) -> Finding:
-    """Count the rounding of rewritten weights as the original's own, where it is nothing else.
-
-    An original in half precision is exact by definition in its weights, and its arithmetic is
-    often float32 inside: rounding a rewritten weight once, which no rewrite can avoid, may then
-    be most of the error. `exact` tells: it is measured in float64, where only weights differ.
-
-    Args:
-        finding: Errors of original and candidate in their own type.
-        exact: Errors, in float64, of the original with nudged weights and of the candidate.
-    """
-    before = math.hypot(finding.before, exact.before)
-    if finding.passed or finding.problem or not exact.passed or finding.after > 2 * before:
-        return finding
-    return dataclasses.replace(finding, before=before, allowed=2 * before)
 
 
 def _both_in_float64(pair: _Pair, wide: _Source, refusal: SessionError) -> Comparison:

@@ -384,8 +384,7 @@ REFUSALS = {
         "adds it as a bias",
     ),
     "shared weight": (
-        "z = LayerNormalization(x, g) q = MatMul(z, w_square) k = MatMul(x, w_square) "
-        "y = Add(q, k)",
+        "z = SimplifiedLayerNormalization(x, g) q = MatMul(z, w_square) y = MatMul(q, w_square)",
         "is also read by",
     ),
     "quantised": (
