@@ -18,4 +18,5 @@ def demo_path() -> Path:
     It is a byte-level Llama (4 layers, width 192, 6 heads, 256 tokens, fp32) trained on Python
     sources and exported by Optimum with a key/value cache: ``model.onnx`` with its configs.
     """
-    return Path(str(importlib.resources.files(__name__) / "demo"))
+    # By way of a file: where links show an editable install twice, a folder is ambiguous.
+    return Path(str(importlib.resources.files(__name__) / "demo" / "model.onnx")).parent

@@ -72,6 +72,7 @@ INTEGERS = {
     "halves": np.array([D // 2, D // 2]),
     "start": np.array([1]),
     "stop": np.array([3]),
+    "far": np.array([np.iinfo(np.int64).max]),
     "no_pads": np.array([0, 1, 0, 0, 0, 0]),
 }
 

@@ -53,6 +53,8 @@ class Obstacle:
 
 
 _Moved = list[tuple[ir.Value, Channels]]
+_Known = tuple[ir.Value | None, Channels]
+"""A value whose channels are known, whatever shape inference makes of it."""
 _QUANTISED = (
     "DynamicQuantizeLinear DynamicQuantizeMatMul GatherBlockQuantized MatMulBnb4 MatMulInteger "
     "MatMulIntegerToFloat MatMulNBits QAttention QLinearMatMul QMoE QOrderedMatMul QuantizeLinear"
@@ -104,32 +106,58 @@ def _dropout(node: ir.Node, index: int, channels: Channels) -> _Moved | Obstacle
 
 def _reshape(node: ir.Node, _: int, channels: Channels) -> _Moved | Obstacle:
     output = node.outputs[0]
-    length = dim(output, -1) or (_entry(node.inputs[1], -1) if node.op_type == "Reshape" else None)
+    length = dim(output, -1)
+    if length is None and node.op_type == "Reshape":
+        length = _entry(node.inputs[1], -1, (node.inputs[0], channels))
     if channels.axis != -1 or length != channels.width:
         return Obstacle(node, "does not keep its channels on one axis, or not visibly so")
     return [(output, channels)]
 
 
-def _entry(vector: ir.Value | None, place: int) -> int | None:
-    """One entry, counted from the end, of a vector of integers, as far as it is known."""
+def _entry(vector: ir.Value | None, place: int, known: _Known) -> int | None:
+    """One entry, counted from the end, of a vector of integers, as far as it can be told."""
     array = evaluate(vector)
     if array is not None:
-        known = array.ndim == 1 and array.dtype.kind == "i" and -place <= array.size
-        return int(array[place]) if known else None
+        fits = array.ndim <= 1 and array.dtype.kind == "i" and -place <= array.size
+        return int(array.reshape(-1)[place]) if fits else None
     node = vector.producer() if vector is not None else None
     if node is None or node.domain != "" or node.inputs[0] is None:
         return None
     if node.op_type == "Shape" and not node.attributes:
+        value, channels = known
+        if node.inputs[0] is value and place == channels.axis:
+            return channels.width
         return dim(node.inputs[0], place)
     if node.op_type in ("Cast", "Identity"):
-        return _entry(node.inputs[0], place)
+        return _entry(node.inputs[0], place, known)
+    if node.op_type in ("Squeeze", "Unsqueeze"):
+        # Between a number and a vector of one entry.
+        return _entry(node.inputs[0], place, known) if place == -1 else None
+    if node.op_type in ("Gather", "Slice"):
+        return _picked_entry(node, place, known)
     if node.op_type == "Concat":
         for piece in reversed(node.inputs):
             length = dim(piece, 0) if piece is not None else None
             if length is None or -place <= length:
-                return _entry(piece, place) if length is not None else None
+                return _entry(piece, place, known) if length is not None else None
             place += length
     return None
+
+
+def _picked_entry(node: ir.Node, place: int, known: _Known) -> int | None:
+    """An entry of a Gather or Slice of a vector of known length."""
+    source, *rest = node.inputs
+    length = dim(source, 0) if source is not None else None
+    numbers = [evaluate(operand) for operand in rest]
+    if length is None or any(array is None or array.size != 1 for array in numbers):
+        return None
+    values = [int(array.reshape(())) for array in numbers if array is not None]
+    if node.op_type == "Gather":
+        picked = range(length)[values[0] % length :][:1]
+    else:
+        start, stop, _, step = [*values, *(0, 0, 0, 1)[len(values) :]]
+        picked = range(length)[start : stop : step or 1]
+    return _entry(source, picked[place] - length, known) if -place <= len(picked) else None
 
 
 def _transpose(node: ir.Node, _: int, channels: Channels) -> _Moved | Obstacle:
@@ -234,7 +262,7 @@ def _gather_nd(node: ir.Node, _: int, channels: Channels) -> _Moved | Obstacle:
 
 
 def _tile(node: ir.Node, index: int, channels: Channels) -> _Moved | Obstacle:
-    if _entry(node.inputs[1], channels.axis) != 1:
+    if _entry(node.inputs[1], channels.axis, (node.inputs[0], channels)) != 1:
         return Obstacle(node, "may repeat its channels")
     return _same(node, index, channels)
 

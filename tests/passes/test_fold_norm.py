@@ -95,6 +95,9 @@ READERS = {
     "rows moved": "q = Transpose<perm=[1,0,2]>(z) u = Slice(q, start, stop, axis0) "
     "k = Concat<axis=0>(u, q) v = Gather(k, picks) f = Unsqueeze(v, axis1) e = Squeeze(f, axis1) "
     "y = MatMul(e, w)",
+    "Reshape to a computed shape": "s1 = Shape(z) s2 = Slice(s1, last, far, axis0) "
+    "n1 = Squeeze(s2, axis0) n2 = Unsqueeze(n1, axis0) r1 = Concat<axis=0>(last, n2) "
+    "q = Reshape(z, r1) y = MatMul(q, w)",
     "tiled": "s1 = Shape(z) n1 = Gather(s1, axis0) r1 = Concat<axis=0>(n1, axis1, axis1) "
     "q = Tile(z, r1) y = MatMul(q, w)",
     "scaled": "q = Mul(z, half) k = Neg(q) y = MatMul(k, w)",
@@ -351,6 +354,17 @@ def test_a_weight_that_two_norms_of_one_gain_read_is_folded_once() -> None:
 
 
 LN = "z = LayerNormalization(x, g, beta) "
+
+
+def test_a_bias_that_outweighs_the_output_of_the_layer_stays_in_the_norm() -> None:
+    body = "z = LayerNormalization(x, g, large) q = MatMul(z, w) y = Add(q, c)"
+    for size, inputs in ((0.1, 2), (10.0, 3)):
+        large = np.full(toys.D, size, dtype=np.float32)
+        after, result = fold(toys.model(body, extra={"large": large}))
+        assert result.count == 1
+        assert len(after.graph.node[0].input) == inputs
+
+
 REFUSALS = {
     "residual": (LN + "q = MatMul(z, w_square) y = Add(q, z)", "as a residual connection does"),
     "graph output": (LN + "q = MatMul(z, w) y = Identity(z)", "is an output of the graph"),
