@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from onnx_tricks.graph.shapes import rank_of, shape_of
 
-__all__ = ["evaluate", "is_constant", "scalar", "step", "stored_tensor"]
+__all__ = ["evaluate", "is_constant", "is_whole_shape", "scalar", "step", "stored_tensor"]
 
 _Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -106,6 +106,11 @@ def _evaluate(value: ir.Value | None) -> _Array:
     return _OPS[node.op_type](node, *operands)
 
 
+def is_whole_shape(node: ir.Node) -> bool:
+    """Whether a Shape node gives all axes (ONNX Runtime writes its defaults out)."""
+    return node.attributes.get_int("start", 0) == 0 and "end" not in node.attributes
+
+
 def _of_shape(node: ir.Node) -> _Array | None:
     """A Shape of static dimensions, or a Size of a Shape (a rank): data cannot change them."""
     source = node.inputs[0] if node.inputs else None
@@ -113,13 +118,15 @@ def _of_shape(node: ir.Node) -> _Array | None:
         return None
     if node.op_type == "Size":
         producer = source.producer()
-        if producer is None or producer.op_type != "Shape" or producer.attributes:
+        if producer is None or producer.op_type != "Shape" or not is_whole_shape(producer):
             return None
         shaped = producer.inputs[0]
         rank = rank_of(shaped) if shaped is not None else None
         return None if rank is None else np.asarray(rank, dtype=np.int64)
     shape = shape_of(source)
-    if shape is None or node.attributes or not all(isinstance(length, int) for length in shape):
+    if shape is None or not all(isinstance(length, int) for length in shape):
+        return None
+    if not is_whole_shape(node):
         return None
     return np.asarray(shape.numpy(), dtype=np.int64)
 

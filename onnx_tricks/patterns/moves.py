@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
-from onnx_tricks.graph.constants import evaluate, scalar
+from onnx_tricks.graph.constants import evaluate, is_whole_shape, scalar
 from onnx_tricks.graph.shapes import dim, rank_of, shape_of
 from onnx_tricks.patterns.statistic import is_row_statistic
 
@@ -53,6 +53,7 @@ class Obstacle:
 
 
 _Moved = list[tuple[ir.Value, Channels]]
+_ANY_LENGTH = 1 << 16
 _Known = tuple[ir.Value | None, Channels]
 """A value whose channels are known, whatever shape inference makes of it."""
 _QUANTISED = (
@@ -123,7 +124,7 @@ def _entry(vector: ir.Value | None, place: int, known: _Known) -> int | None:
     node = vector.producer() if vector is not None else None
     if node is None or node.domain != "" or node.inputs[0] is None:
         return None
-    if node.op_type == "Shape" and not node.attributes:
+    if node.op_type == "Shape" and is_whole_shape(node):
         value, channels = known
         if node.inputs[0] is value and place == channels.axis:
             return channels.width
@@ -145,15 +146,18 @@ def _entry(vector: ir.Value | None, place: int, known: _Known) -> int | None:
 
 
 def _picked_entry(node: ir.Node, place: int, known: _Known) -> int | None:
-    """An entry of a Gather or Slice of a vector of known length."""
+    """An entry of a Gather or Slice of a vector."""
     source, *rest = node.inputs
-    length = dim(source, 0) if source is not None else None
     numbers = [evaluate(operand) for operand in rest]
-    if length is None or any(array is None or array.size != 1 for array in numbers):
+    if source is None or any(array is None or array.size != 1 for array in numbers):
         return None
     values = [int(array.reshape(())) for array in numbers if array is not None]
+    length = dim(source, 0)
+    if length is None:
+        # Counting from the end, any length will do.
+        length = _ANY_LENGTH if values and values[0] < 0 else 0
     if node.op_type == "Gather":
-        picked = range(length)[values[0] % length :][:1]
+        picked = range(length)[values[0] % (length or 1) :][:1]
     else:
         start, stop, _, step = [*values, *(0, 0, 0, 1)[len(values) :]]
         picked = range(length)[start : stop : step or 1]
