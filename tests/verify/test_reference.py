@@ -161,3 +161,24 @@ def test_a_model_in_float64_is_not_raised() -> None:
     graph = helper.make_graph([helper.make_node("Exp", ["x"], ["y"])], "g", [x], [y])
     with pytest.raises(CannotRaise, match="float64"):
         raise_to_double(ir.from_proto(helper.make_model(graph)))
+
+
+def test_positions_fall_into_the_buckets_that_the_model_says() -> None:
+    """T5 rounds a logarithm down in float32; in float64 edges would fall elsewhere."""
+    model = ir.from_proto(
+        parse(
+            """buckets (int64[N] position, float[N] x) => (int64[N] bucket, float[N] y)
+            <float part = {0.7}> {
+              p = Cast <to = 1> (position) q = Mul (p, part) bucket = Cast <to = 7> (q)
+              b = Cast <to = 1> (bucket) y = Add (x, b)
+            }"""
+        )
+    )
+    position = np.arange(200)
+    expected = (position.astype(np.float32) * np.float32(0.7)).astype(np.int64)
+    assert np.any(expected != (position * float(np.float32(0.7))).astype(np.int64))
+    raise_to_double(model)
+    feeds = {"position": position, "x": np.zeros(200)}
+    found = Session(model, optimised=False).run(feeds)
+    np.testing.assert_array_equal(found["bucket"], expected)
+    assert found["y"].dtype == np.float64
