@@ -99,7 +99,7 @@ class FoldNorm(Pass):
     Saves: D (or 2 D) parameters and one or two element-wise operators per norm.
     The bias stays in the norm, as beta / g, where a linear layer cannot take it (rows that are
     padded or masked in between), where new biases would outgrow what goes (a head without bias),
-    or where the new bias would be larger than what it is added to, and its rounding felt.
+    or where its rounding would be felt: in half precision, or larger than what it is added to.
     Source: arXiv:2407.09577, Proposition 1 and section 3.5.
 
     Attributes:
@@ -210,10 +210,13 @@ def _dominates(part: Part, biases: list[_Array]) -> bool:
     """Whether a bias would be larger than what it is added to, and its rounding felt most.
 
     Trained norms have such biases where they take off what all rows have in common: moved behind
-    the weights, two large numbers would cancel there that have been rounded on their own.
+    the weights, two large numbers would cancel there that have been rounded on their own. In half
+    precision any bias stays: one more rounding there is as large as the model's own error.
     """
     for reader, bias in zip(part.readers, biases, strict=True):
         scaling, tensor = part.scaling(reader), reader.linear.weight.tensor
+        if tensor.dtype.itemsize <= 2:
+            return True
         size = folded_size(tensor.numpy(), scaling.gain, scaling.axis, scaling.groups)
         if np.linalg.norm(bias.astype(np.float64)) > size:
             return True
