@@ -77,10 +77,8 @@ def insert(
     *,
     name: str,
     model: ir.Model,
-    like: ir.Value | None = None,
-    dtype: ir.DataType | None = None,
+    dtype: ir.DataType,
     attributes: Sequence[ir.Attr] = (),
-    domain: str = "",
 ) -> ir.Value:
     """Insert a node of one output in front of another and return that output.
 
@@ -90,20 +88,13 @@ def insert(
         inputs: Its inputs.
         name: Stem of the names of the node and of its output.
         model: The model, for names that are not taken.
-        like: A value whose shape (and, unless `dtype` is given, type) the output has.
         dtype: Element type of the output.
         attributes: Attributes of the node.
-        domain: Domain of the operator.
     """
     unique = fresh_name(model, name)
-    node = ir.Node(domain, op_type, inputs, attributes, num_outputs=1, name=unique)
+    node = ir.Node("", op_type, inputs, attributes, num_outputs=1, name=unique)
     output = node.outputs[0]
-    output.name = unique
-    if like is not None:
-        output.shape = like.shape
-        output.type = like.type
-    if dtype is not None:
-        output.type = ir.TensorType(dtype)
+    output.name, output.type = unique, ir.TensorType(dtype)
     assert before.graph is not None
     before.graph.insert_before(before, node)
     return output
