@@ -3,6 +3,5 @@
 from __future__ import annotations
 
 from onnx_tricks.verify.parity import Verification, verify
-from onnx_tricks.verify.sessions import load_runtime
 
-__all__ = ["Verification", "load_runtime", "verify"]
+__all__ = ["Verification", "verify"]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from onnx_tricks.runtime.sessions import Array, Session
 from onnx_tricks.verify.inputs import Case, Step
-from onnx_tricks.verify.sessions import Array, Session
 
 __all__ = ["decode"]
 
 
 def decode(
-    session: Session, case: Case, presents: Mapping[str, str]
+    session: Session,
+    case: Case,
+    presents: Mapping[str, str],
+    caches: Mapping[str, Array] | None = None,
 ) -> Iterator[tuple[Step, dict[str, Array]]]:
     """Run the steps of a case.
 
@@ -22,6 +25,7 @@ def decode(
         session: The model.
         case: What to run.
         presents: For each cache input, the output that continues it.
+        caches: What the caches of the model hold first, where they are not those of the case.
 
     Yields:
         Each step with the outputs of the model, by name.
@@ -29,7 +33,7 @@ def decode(
     Raises:
         SessionError: ONNX Runtime fails.
     """
-    caches = dict(case.caches)
+    caches = dict(case.caches if caches is None else caches)
     for step in case.steps:
         outputs = session.run({**caches, **step.feeds})
         for past, present in presents.items():

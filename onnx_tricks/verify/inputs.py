@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from onnx_tricks.verify.interface import Input, Interface
-from onnx_tricks.verify.sessions import Array
+from onnx_tricks.graph.interface import Input, Interface
+from onnx_tricks.runtime.sessions import Array
 
-__all__ = ["Case", "Step", "plans"]
+__all__ = ["Case", "Step", "empty_caches", "plans"]
 
 # Sizes of dimensions of which only the name is known: small, and no two alike.
 _ODD_SIZES = (33, 7, 5, 11, 13, 17, 19, 23)
@@ -62,6 +62,12 @@ class _Shape:
 
 _SOUND = 16_000  # samples in a second, as speech models take it
 
+# The error that a rounded cache brings shows where there is much to remember, and averages out.
+_LONG = (
+    _Shape(1, 256, (1,) * 8),
+    _Shape(2, 128, (1,) * 4, padded=True),
+    _Shape(1, 7, (1, 1, 4)),
+)
 _FULL = (_Shape(1, 7, (1, 1, 4)), _Shape(2, 33, (1, 1), padded=True), _Shape(2, 1, (1,)))
 _PLANS = (
     _FULL,
@@ -75,20 +81,21 @@ _PLANS = (
 Given = Callable[[str, int], "Array | None"]
 
 
-def plans(interface: Interface, given: Given) -> Iterator[tuple[Case, ...]]:
+def plans(interface: Interface, given: Given, *, long: bool = False) -> Iterator[tuple[Case, ...]]:
     """Yield sets of cases, from the richest to the simplest that a model may ask for.
 
     Args:
         interface: The model's interface.
         given: Values that another model of the same export computes, by input name and batch
             size (the states of an encoder, filled caches); None where it has none.
+        long: Whether to begin with prompts of hundreds of tokens.
     """
     tokens = bool(interface.role("ids"))
     # Only the name of a dimension is known: small sizes first, then those of images and sounds.
     sizes = (0,) if tokens else (*interface.image_sizes, _SOUND)
     seen = set()
     for size in sizes:
-        for shapes in _PLANS:
+        for shapes in (_LONG, *_PLANS) if long else _PLANS:
             fixed = tuple(dict.fromkeys(_fix(interface, shape) for shape in shapes))
             if not tokens:
                 # The largest batch holds the cases of the others.
@@ -96,6 +103,14 @@ def plans(interface: Interface, given: Given) -> Iterator[tuple[Case, ...]]:
             if (fixed, size) not in seen:
                 seen.add((fixed, size))
                 yield tuple(_Builder(interface, given, s, size).case() for s in fixed)
+
+
+def empty_caches(interface: Interface, batch: int) -> dict[str, Array]:
+    """The caches of a model before the first token, by input name."""
+    return {
+        value.name: np.zeros([batch, *(d if isinstance(d, int) else 0 for d in value.dims[1:])])
+        for value in interface.role("cache")
+    }
 
 
 def _fix(interface: Interface, shape: _Shape) -> _Shape:

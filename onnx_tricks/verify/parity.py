@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from onnx_tricks.errors import UsageError
+from onnx_tricks.graph.phases import PHASES, PROMPT, merged_decoder
 from onnx_tricks.rewrite import Site
+from onnx_tricks.runtime.sessions import load_runtime
 from onnx_tricks.verify.memory import memory_shortage
-from onnx_tricks.verify.sessions import load_runtime
 from onnx_tricks.verify.sites import compare_sites
 from onnx_tricks.verify.tally import Finding
 from onnx_tricks.verify.whole import CandidateError, Comparison, NotComparable, compare_models
@@ -105,13 +107,16 @@ def verify(
     """
     load_runtime()
     told = progress or (lambda _: None)
-    return Verification.worst(
-        _verify_file(original, result, sites, memory_limit, told)
-        for original, result in _pairs(reference, candidate)
-    )
+    with contextlib.ExitStack() as stack:
+        return Verification.worst(
+            _verify_file(original, result, sites, memory_limit, told)
+            for original, result in _pairs(reference, candidate, stack)
+        )
 
 
-def _pairs(reference: Path, candidate: Path) -> list[tuple[Path, Path]]:
+def _pairs(
+    reference: Path, candidate: Path, stack: contextlib.ExitStack
+) -> list[tuple[Path, Path]]:
     for path in (reference, candidate):
         if not path.exists():
             raise UsageError(f"{path} does not exist.")
@@ -123,12 +128,30 @@ def _pairs(reference: Path, candidate: Path) -> list[tuple[Path, Path]]:
         return [(reference, candidate)]
     files = sorted(reference.glob("**/*.onnx"))
     pairs = [(file, candidate / file.relative_to(reference)) for file in files]
+    pairs = _with_one_decoder(pairs, stack)
     if not pairs:
         raise UsageError(f"{reference} holds no .onnx file.")
     missing = [str(result.relative_to(candidate)) for _, result in pairs if not result.is_file()]
     if missing:
         raise UsageError(f"{candidate} lacks {', '.join(missing)}, which {reference} holds.")
     return pairs
+
+
+def _with_one_decoder(
+    pairs: list[tuple[Path, Path]], stack: contextlib.ExitStack
+) -> list[tuple[Path, Path]]:
+    """Compare a decoder for prompt and steps with both phases of the original."""
+    phases = [(ours, theirs) for ours, theirs in pairs if ours.name in PHASES]
+    if not phases:
+        return pairs
+    single = phases[0][1].with_name(PROMPT)
+    others = {theirs for _, theirs in phases} - {single}
+    if not single.is_file() or not others or any(path.is_file() for path in others):
+        return pairs
+    merged = stack.enter_context(merged_decoder(phases[0][0].parent))
+    if merged is None:
+        return pairs
+    return [pair for pair in pairs if pair not in phases] + [(merged, single)]
 
 
 def _verify_file(

@@ -12,8 +12,8 @@ import onnx_ir.passes.common as common_passes
 from onnx_tricks.errors import TricksError
 from onnx_tricks.graph.constants import is_constant
 from onnx_tricks.graph.shapes import annotate, dtype_of
+from onnx_tricks.runtime.sessions import Session, SessionError
 from onnx_tricks.verify.expand import expand
-from onnx_tricks.verify.sessions import Session, SessionError
 
 __all__ = ["CannotRaise", "raise_to_double"]
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from onnx_tricks.graph.interface import read_interface
 from onnx_tricks.graph.load import load_model
+from onnx_tricks.runtime.sessions import Array, Session, SessionError
 from onnx_tricks.verify.decoding import decode
 from onnx_tricks.verify.inputs import plans
-from onnx_tricks.verify.interface import read_interface
-from onnx_tricks.verify.sessions import Array, Session, SessionError
 
 __all__ = ["Siblings"]
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from onnx_tricks.graph.interface import read_interface
 from onnx_tricks.graph.load import load_model
 from onnx_tricks.graph.shapes import annotate, dtype_of, shape_of
 from onnx_tricks.rewrite import Site
+from onnx_tricks.runtime.sessions import Array, Session, SessionError
 from onnx_tricks.verify.inputs import Step, plans
-from onnx_tricks.verify.interface import read_interface
 from onnx_tricks.verify.reference import CannotRaise, raise_to_double
-from onnx_tricks.verify.sessions import Array, Session, SessionError
 from onnx_tricks.verify.tally import Tally
 from onnx_tricks.verify.whole import CandidateError, Comparison, NotComparable
 

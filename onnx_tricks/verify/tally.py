@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import numpy.typing as npt
 
+from onnx_tricks.runtime.sessions import Array
 from onnx_tricks.verify.inputs import Step
-from onnx_tricks.verify.sessions import Array
 
 __all__ = ["SINGLE", "Finding", "Tally", "counted"]
 

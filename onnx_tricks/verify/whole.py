@@ -8,15 +8,18 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 
 from onnx_tricks.errors import TricksError
+from onnx_tricks.graph.interface import Interface, read_interface
 from onnx_tricks.graph.load import load_model
+from onnx_tricks.operators.signature import STATE_KEY
+from onnx_tricks.runtime.sessions import Array, Session, SessionError
 from onnx_tricks.verify.decoding import decode
-from onnx_tricks.verify.inputs import Case, Step, plans
-from onnx_tricks.verify.interface import read_interface
+from onnx_tricks.verify.inputs import Case, Step, empty_caches, plans
+from onnx_tricks.verify.narrow import narrow_caches, narrower
 from onnx_tricks.verify.noise import nudge_weights
 from onnx_tricks.verify.reference import CannotRaise, raise_to_double
-from onnx_tricks.verify.sessions import Array, Session, SessionError
 from onnx_tricks.verify.siblings import Siblings
 from onnx_tricks.verify.tally import SINGLE, Finding, Tally, counted
 
@@ -97,13 +100,25 @@ class _Pair:
         self.progress = progress
         interface = read_interface(load_model(reference).model)
         self._presents = interface.presents
-        self._remaining = plans(interface, Siblings(reference))
+        self._own_state = _own_state(load_model(candidate).model)
+        narrow = None if self._own_state is None else narrower(interface, self._own_state)
+        self._narrow = narrow
+        long = self._own_state is not None
+        self._remaining = plans(interface, Siblings(reference), long=long)
         self.cases: tuple[Case, ...] = ()
 
-    def run(self, session: Session) -> Iterator[dict[str, Array]]:
-        """Yield the outputs of all steps of all cases."""
+    def run(self, session: Session, state: Interface | None = None) -> Iterator[dict[str, Array]]:
+        """Yield the outputs of all steps of all cases.
+
+        Args:
+            session: The model.
+            state: Its interface, where its caches are not those of the original.
+        """
         for case in self.cases:
-            for _, outputs in decode(session, case, self._presents):
+            caches, presents = case.caches, self._presents
+            if state is not None:
+                caches, presents = empty_caches(state, case.batch), state.presents
+            for _, outputs in decode(session, case, presents, caches):
                 yield outputs
 
     def first_outputs(self, source: _Source | None = None) -> _Outputs:
@@ -116,7 +131,7 @@ class _Pair:
             NotComparable: There are none; the cases stay as they were.
             SessionError: ONNX Runtime refuses the model itself.
         """
-        session = source() if source else Session(self.reference)
+        session = source() if source else self._open_original()
         before, refusal = self.cases, "no inputs could be made for it"
         for cases in self._remaining:
             self.cases = cases
@@ -131,6 +146,14 @@ class _Pair:
         self.cases = before
         raise NotComparable(f"the original runs on no inputs that were tried: {refusal}")
 
+    def _open_original(self) -> Session:
+        """Open the original, with caches of the candidate's type where that is narrower."""
+        if self._narrow is None:
+            return Session(self.reference)
+        model = load_model(self.reference).model
+        narrow_caches(model, self._narrow)
+        return Session(model)
+
     def run_candidate(self, source: _Source | None = None) -> Iterator[dict[str, Array]]:
         """Yield the outputs of the candidate.
 
@@ -138,7 +161,7 @@ class _Pair:
             CandidateError: It does not load or run.
         """
         try:
-            yield from self.run(source() if source else Session(self.candidate))
+            yield from self.run(source() if source else Session(self.candidate), self._own_state)
         except SessionError as error:
             raise CandidateError(f"ONNX Runtime does not run it: {error}") from error
 
@@ -151,8 +174,10 @@ class _Pair:
     ) -> tuple[Finding, ...]:
         """Sum up the errors of both models."""
         steps = _steps(self.cases)
+        hidden = set() if self._own_state is None else set(self._presents.values())
         for (case, phase, step), *values in zip(steps, expected, original, candidate, strict=True):
-            tally.add(case.name, phase, step, *values)
+            right, ours, theirs = ({n: a for n, a in v.items() if n not in hidden} for v in values)
+            tally.add(case.name, phase, step, right, ours, theirs)
         return tuple(tally.findings())
 
 
@@ -189,6 +214,11 @@ def _directly(pair: _Pair, expected: _Outputs, note: str) -> Comparison:
     pair.progress("running the result")
     findings = pair.measure(Tally(direct=True), expected, original, pair.run_candidate())
     return Comparison("original", findings, len(pair.cases), note)
+
+
+def _own_state(model: ir.Model) -> Interface | None:
+    """The interface of a model that caches other states than the original does, by its own word."""
+    return read_interface(model) if STATE_KEY in model.metadata_props else None
 
 
 def _raised(path: Path, candidate: Path | None = None) -> tuple[_Source | None, str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from onnx_tricks.graph.interface import read_interface
 from onnx_tricks.graph.load import load_model
 from onnx_tricks.verify.inputs import Case, plans
-from onnx_tricks.verify.interface import read_interface
 from tests.verify.conftest import parse
 
 

@@ -9,8 +9,8 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from onnx_tricks.runtime.sessions import Session
 from onnx_tricks.verify.reference import CannotRaise, raise_to_double
-from onnx_tricks.verify.sessions import Session
 from tests.verify.conftest import parse
 
 RNG = np.random.default_rng(7)

@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions for verification, from files and from models in memory.
+"""ONNX Runtime sessions, from files and from models in memory.
 
 A model in memory hands its weights over by reference: the serialised graph says "external" and
 ONNX Runtime reads the (memory-mapped) arrays themselves, so that nothing is copied to disk.
@@ -6,25 +6,40 @@ ONNX Runtime reads the (memory-mapped) arrays themselves, so that nothing is cop
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from onnx_tricks.errors import TricksError, UsageError
 
-__all__ = ["Array", "Session", "SessionError", "load_runtime"]
+__all__ = [
+    "Array",
+    "Session",
+    "SessionError",
+    "load_runtime",
+    "read_value",
+    "running",
+    "session_options",
+]
 
 Array = npt.NDArray[np.generic]
 
 # ONNX Runtime copies what the serialised model holds; anything smaller may as well be copied.
 _INLINE_BYTES = 1024
 
+_BRIEF = "tensor(bfloat16)"
 _NUMPY_TYPES = {
+    _BRIEF: ml_dtypes.bfloat16,
     "tensor(bool)": np.bool_,
     "tensor(double)": np.float64,
     "tensor(float)": np.float32,
@@ -54,11 +69,46 @@ def load_runtime() -> ModuleType:
         import onnxruntime
     except ImportError as error:
         raise UsageError(
-            "Verification runs the models in ONNX Runtime, which is not installed: "
-            "pip install onnx-tricks[cpu] (or onnx-tricks[gpu]), or use --no-verify."
+            "Verification and precompute-first-layer run models in ONNX Runtime, which is not "
+            "installed: pip install onnx-tricks[cpu] (or onnx-tricks[gpu]), or use --no-verify."
         ) from error
     module: ModuleType = onnxruntime
     return module
+
+
+def session_options(*, optimised: bool = True, threads: int = 0) -> Any:
+    """Make ONNX Runtime's options for a session with one of our models.
+
+    Args:
+        optimised: Whether ONNX Runtime may fuse and approximate; otherwise it only folds constants.
+        threads: Number of threads of one operator; 0 lets ONNX Runtime choose.
+
+    Returns:
+        An `onnxruntime.SessionOptions`.
+
+    Raises:
+        UsageError: ONNX Runtime is not installed.
+    """
+    runtime = load_runtime()
+    options = runtime.SessionOptions()
+    levels = runtime.GraphOptimizationLevel
+    options.graph_optimization_level = (
+        levels.ORT_ENABLE_ALL if optimised else levels.ORT_ENABLE_BASIC
+    )
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    return options
+
+
+@contextlib.contextmanager
+def running() -> Iterator[None]:
+    """Report what goes wrong in ONNX Runtime within the context as a `SessionError`."""
+    try:
+        yield
+    except TricksError:
+        raise
+    except Exception as error:
+        raise SessionError(_first_line(error)) from error
 
 
 class Session:
@@ -79,13 +129,7 @@ class Session:
         self, source: Path | ir.Model, *, optimised: bool = True, threads: int = 0
     ) -> None:
         runtime = load_runtime()
-        options = runtime.SessionOptions()
-        levels = runtime.GraphOptimizationLevel
-        options.graph_optimization_level = (
-            levels.ORT_ENABLE_ALL if optimised else levels.ORT_ENABLE_BASIC
-        )
-        options.log_severity_level = 4
-        options.intra_op_num_threads = threads
+        options = session_options(optimised=optimised, threads=threads)
         model: str | bytes
         if isinstance(source, ir.Model):
             model, weights = _serialise(source)
@@ -96,12 +140,10 @@ class Session:
             options.add_external_initializers(list(weights), self._weights)
         else:
             model = str(source)
-        try:
+        with running():
             self._session = runtime.InferenceSession(
                 model, options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:
-            raise SessionError(_first_line(error)) from error
         self.inputs: dict[str, str] = {i.name: i.type for i in self._session.get_inputs()}
         self.outputs: dict[str, str] = {o.name: o.type for o in self._session.get_outputs()}
 
@@ -122,11 +164,38 @@ class Session:
             if name not in feeds or kind not in _NUMPY_TYPES:
                 raise SessionError(f"no value for input {name} of type {kind}")
             cast[name] = np.asarray(feeds[name], dtype=_NUMPY_TYPES[kind])
-        try:
-            values = self._session.run(None, cast)
-        except Exception as error:
-            raise SessionError(_first_line(error)) from error
+        brief = _BRIEF in (*self.inputs.values(), *self.outputs.values())
+        with running():
+            values = self._run_bound(cast) if brief else self._session.run(None, cast)
         return dict(zip(self.outputs, values, strict=True))
+
+    def _run_bound(self, feeds: Mapping[str, Array]) -> list[Array]:
+        """Run with bfloat16 among inputs or outputs, which the runtime knows no NumPy type for."""
+        runtime = load_runtime()
+        held = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        values = {
+            name: runtime.OrtValue.ortvalue_from_numpy_with_onnx_type(
+                array.view(np.uint16), ir.DataType.BFLOAT16.value
+            )
+            if self.inputs[name] == _BRIEF
+            else runtime.OrtValue.ortvalue_from_numpy(array)
+            for name, array in held.items()
+        }
+        results = self._session.run_with_ort_values(list(self.outputs), values)
+        return [read_value(one) for one in results]
+
+
+def read_value(value: Any) -> Array:
+    """Read a tensor of the runtime's that lies in the memory of the CPU; bfloat16 as float32."""
+    if value.data_type() != _BRIEF:
+        array: Array = value.numpy()
+        return array
+    size = math.prod(value.shape())
+    if not size:
+        return np.zeros(value.shape(), dtype=np.float32)
+    memory = (ctypes.c_uint16 * size).from_address(value.data_ptr())
+    numbers = np.frombuffer(memory, dtype=ml_dtypes.bfloat16).astype(np.float32)
+    return numbers.reshape(value.shape())
 
 
 def _first_line(error: Exception) -> str:

@@ -93,7 +93,7 @@ def _role(value: ir.Value) -> str:
     integer = value.dtype in (ir.DataType.INT64, ir.DataType.INT32)
     if name == "use_cache_branch":
         return "branch"
-    if "past" in name and not integer:
+    if "past" in name and (not integer or name.startswith("past_key_values.")):
         return "cache"
     if integer and "position" in name:
         return "positions"
