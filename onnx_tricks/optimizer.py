@@ -19,15 +19,19 @@ from onnx_ir.passes.common import InlinePass
 from onnx_tricks.errors import ParityError, UsageError
 from onnx_tricks.graph.layout import DataLayout
 from onnx_tricks.graph.load import load_model
+from onnx_tricks.graph.phases import PHASES, merged_decoder
 from onnx_tricks.graph.plan import Output, Plan, make_plan
 from onnx_tricks.graph.save import save_model
+from onnx_tricks.graph.shapes import annotate
 from onnx_tricks.graph.sizes import Sizes, measure
 from onnx_tricks.graph.staging import Staging
 from onnx_tricks.models import demo_path
+from onnx_tricks.operators.signature import DOMAIN
 from onnx_tricks.passes import PASSES
 from onnx_tricks.report import PassReport, Report
-from onnx_tricks.rewrite import Pass, Site, run_passes
-from onnx_tricks.verify import Verification, load_runtime
+from onnx_tricks.rewrite import Pass, PassResult, Site, run_passes
+from onnx_tricks.runtime.sessions import load_runtime
+from onnx_tricks.verify import Verification
 from onnx_tricks.verify import verify as verify_models
 
 __all__ = ["Optimized", "optimize", "select_passes"]
@@ -129,7 +133,16 @@ class _Rewritten:
 
     model: ir.Model
     layout: DataLayout
-    sites: list[Site]
+    results: list[PassResult]
+    before: Sizes
+    after: Sizes
+
+    @property
+    def sites(self) -> list[Site]:
+        return [site for result in self.results for site in result.applied]
+
+
+_Attempt = Callable[[Sequence[Pass]], tuple[_Rewritten, Verification | None]]
 
 
 class _Run:
@@ -150,7 +163,7 @@ class _Run:
             if target is None:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="onnx-tricks-"))
                 target = f"{folder}/out" if source.is_dir() else f"{folder}/out.onnx"
-            plan = make_plan(source, target)
+            plan = self._with_one_decoder(make_plan(source, target), stack)
             staging = None
             if output is not None or self.verify:
                 staging = stack.enter_context(Staging(plan))
@@ -167,28 +180,54 @@ class _Run:
         names = [str(one.target) for one in plan.outputs]
         return Optimized(dict(zip(names, models, strict=True)), report)
 
+    def _with_one_decoder(self, plan: Plan, stack: contextlib.ExitStack) -> Plan:
+        """Let one decoder serve prompt and steps, where a pass changes the caches of both."""
+        spanning = [one for one in self.passes if one.spans_phases]
+        decoder = next((o.source for o in plan.outputs if o.target.name in PHASES), None)
+        if not spanning or decoder is None or len(plan.outputs) < 2:
+            return plan
+        merged = stack.enter_context(merged_decoder(decoder.parent))
+        if merged is None:
+            return plan
+        self.progress("looking at the decoder")
+        model = load_model(merged).model
+        annotate(model)
+        if not any(isinstance(found, Site) for one in spanning for found in one.sites(model)):
+            return plan
+        joined = plan.with_one_decoder(merged)
+        for one in joined.dropped:
+            if one.source is not None and one.source != merged:
+                sizes = measure(load_model(one.source).model)
+                self.before = sizes if self.before is None else self.before + sizes
+        return joined
+
     def in_memory(self, model: Model, output: str | os.PathLike[str] | None) -> Optimized:
         original = ir.from_proto(model) if isinstance(model, onnx.ModelProto) else model
-        rewritten = self._rewrite(original.clone(), DataLayout(), "")
-        verification = _SKIPPED
         with contextlib.ExitStack() as stack:
-            staging, staged, plan = None, None, None
+            staging, plan = None, None
             if output is not None:
                 plan = make_plan(None, output)
                 staging = stack.enter_context(Staging(plan))
-                staged = staging.save(rewritten.model, plan.outputs[0], rewritten.layout)
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             if self.verify:
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 save_model(original, folder / "original.onnx")
-                if staged is None:
-                    staged = folder / "optimized.onnx"
+
+            def attempt(passes: Sequence[Pass]) -> tuple[_Rewritten, Verification | None]:
+                rewritten = self._rewrite(original.clone(), DataLayout(), passes)
+                staged = folder / "optimized.onnx"
+                if staging is not None and plan is not None:
+                    staged = staging.save(rewritten.model, plan.outputs[0], rewritten.layout)
+                elif self.verify:
                     save_model(rewritten.model, staged)
+                if not self.verify:
+                    return rewritten, None
                 self.progress("verifying")
-                verification = verify_models(
-                    folder / "original.onnx", staged, sites=rewritten.sites
-                )
+                proof = verify_models(folder / "original.onnx", staged, sites=rewritten.sites)
+                return rewritten, proof
+
+            rewritten, verification = self._until_proven(attempt, "")
             where = None if output is None else os.fspath(output)
-            report = self._report(where, verification)
+            report = self._report(where, verification or _SKIPPED)
             if staging is not None and plan is not None:
                 staging.commit()
                 rewritten.model = load_model(plan.folder / plan.outputs[0].target).model
@@ -200,36 +239,58 @@ class _Run:
         self, one: Output, plan: Plan, staging: Staging | None, found: list[Verification]
     ) -> ir.Model:
         """Rewrite, stage and verify one file."""
-        assert one.source is not None
-        self.progress(f"reading {one.source.name}")
-        loaded = load_model(one.source)
-        prefix = f"{one.target}: " if len(plan.outputs) > 1 else ""
-        rewritten = self._rewrite(loaded.model, loaded.layout, prefix)
-        if staging is not None:
+
+        def attempt(passes: Sequence[Pass]) -> tuple[_Rewritten, Verification | None]:
+            assert one.source is not None
+            self.progress(f"reading {one.source.name}")
+            loaded = load_model(one.source)
+            rewritten = self._rewrite(loaded.model, loaded.layout, passes)
+            if staging is None:
+                return rewritten, None
             self.progress(f"writing {one.target}")
             staged = staging.save(rewritten.model, one, rewritten.layout)
-            if self.verify:
-                self.progress(f"verifying {one.target}")
-                found.append(verify_models(one.source, staged, sites=rewritten.sites))
+            if not self.verify:
+                return rewritten, None
+            self.progress(f"verifying {one.target}")
+            return rewritten, verify_models(one.source, staged, sites=rewritten.sites)
+
+        prefix = f"{one.target}: " if len(plan.outputs) > 1 else ""
+        rewritten, verification = self._until_proven(attempt, prefix)
+        if verification is not None:
+            found.append(verification)
         return rewritten.model
 
-    def _rewrite(self, model: ir.Model, layout: DataLayout, prefix: str) -> _Rewritten:
-        before = measure(model)
+    def _until_proven(
+        self, attempt: _Attempt, prefix: str
+    ) -> tuple[_Rewritten, Verification | None]:
+        """Rewrite with less and less room for error, while a pass leaves room that fails."""
+        passes = self.passes
+        while True:
+            rewritten, verification = attempt(passes)
+            applied = {result.name for result in rewritten.results if result.applied}
+            stricter = [one.stricter() if one.name in applied else None for one in passes]
+            failed = verification is not None and verification.status == "failed"
+            if not failed or not any(stricter):
+                break
+            passes = [new or old for new, old in zip(stricter, passes, strict=True)]
+        for result in rewritten.results:
+            self.reports[result.name].add(result, prefix)
+        before, after = rewritten.before, rewritten.after
         self.before = before if self.before is None else self.before + before
+        self.after = after if self.after is None else self.after + after
+        return rewritten, verification
+
+    def _rewrite(self, model: ir.Model, layout: DataLayout, passes: Sequence[Pass]) -> _Rewritten:
+        before = measure(model)
         self.progress("rewriting")
         worked = model
-        if model.functions:
+        if any(_is_module(function) for function in model.functions.values()):
             # Exporters may keep modules as functions; norms and linear layers meet across them.
             worked = model.clone()
-            InlinePass()(worked)
-        results = run_passes(worked, self.passes)
-        changed = any(result.applied for result in results)
-        for result in results:
-            self.reports[result.name].add(result, prefix)
-        final = worked if changed else model
-        after = measure(final)
-        self.after = after if self.after is None else self.after + after
-        return _Rewritten(final, layout, [site for result in results for site in result.applied])
+            InlinePass(_is_module)(worked)
+        results = run_passes(worked, passes)
+        final = worked if any(result.applied for result in results) else model
+        return _Rewritten(final, layout, results, before, measure(final))
 
     def _report(self, output: str | None, verification: Verification) -> Report:
         assert self.before is not None
@@ -248,6 +309,11 @@ class _Run:
         if failed:
             raise ParityError(f"verification failed: {verification.message}", report)
         return report
+
+
+def _is_module(function: ir.Function) -> bool:
+    """Whether a function is a part of the model, and not the plain form of an operator of ours."""
+    return function.domain != DOMAIN
 
 
 _SKIPPED = Verification("skipped", "", None, None, 0, "verification was not asked for")

@@ -26,12 +26,15 @@ class PassReport:
     name: str
     applied: int = 0
     skipped: list[Skip] = dataclasses.field(default_factory=list)
+    details: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
 
     def add(self, result: PassResult, prefix: str = "") -> None:
         """Count in what the pass did to one file."""
         self.applied += result.count
         self.skipped += [Skip(f"{prefix}{skip.node}", skip.reason) for skip in result.skipped]
+        for site in result.applied:
+            self.details += [{**row, "node": f"{prefix}{row['node']}"} for row in site.details()]
         self.seconds += result.seconds
 
 
@@ -84,6 +87,10 @@ class Report:
 def print_report(report: Report, console: Console, *, verbose: bool = False) -> None:
     """Print a report as tables: passes, refusals with reasons, sizes, verification."""
     console.print(_passes(report), _refusals(report, verbose), _sizes(report), sep="\n")
+    if verbose:
+        for one in report.passes:
+            if one.details:
+                console.print(_details(one))
     print_verification(report.verification, console, verbose=verbose)
     console.print(
         f"{report.seconds:.1f} s, peak memory {report.peak_rss_bytes / 2**20:,.0f} MiB; "
@@ -113,6 +120,14 @@ def _passes(report: Report) -> RenderableType:
         table.add_column(name, justify="right")
     for one in report.passes:
         table.add_row(one.name, str(one.applied), str(len(one.skipped)), f"{one.seconds:.2f}")
+    return table
+
+
+def _details(report: PassReport) -> RenderableType:
+    names = list(dict.fromkeys(name for row in report.details for name in row))
+    table = Table(*(name.replace("_", " ") for name in names), title=report.name)
+    for row in report.details:
+        table.add_row(*(escape(str(row.get(name, ""))) for name in names))
     return table
 
 

@@ -10,7 +10,7 @@ import abc
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import onnx_ir as ir
 
@@ -54,6 +54,10 @@ class Site:
     inputs: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
     outputs: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
 
+    def details(self) -> list[dict[str, Any]]:
+        """What a report tells beyond the count: plain data, one row for each subject."""
+        return []
+
 
 class Pass(abc.ABC):
     """One exact rewrite of a model. Subclasses are frozen dataclasses; fields are their options.
@@ -63,15 +67,21 @@ class Pass(abc.ABC):
         summary: One line for `onnx-tricks list`.
         default: Whether the pass belongs to the default set: it keeps inputs and outputs and does
             not grow the file.
+        spans_phases: Whether the pass needs a decoder's prompt and steps in one model.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     default: ClassVar[bool] = True
+    spans_phases: ClassVar[bool] = False
 
     @abc.abstractmethod
     def sites(self, model: ir.Model) -> Iterator[Site | Skip]:
         """Yield every place where the pass applies or might be expected to; never mutates."""
+
+    def stricter(self) -> Self | None:
+        """The pass with less room for error, to try where verification fails; or None."""
+        return None
 
     @abc.abstractmethod
     def apply(self, model: ir.Model, site: Site) -> None:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from onnx_tricks.errors import ModelError, UsageError
+from onnx_tricks.graph.phases import PHASES, PROMPT
 
 __all__ = ["Output", "Plan", "find_models", "make_plan"]
 
@@ -34,11 +35,28 @@ class Plan:
         folder: The folder that results are written into; it need not exist yet.
         outputs: The models, in order.
         carried: The input folder whose other files go along; None where there is nothing to carry.
+        dropped: Models of the input that do not go along: others take their place.
     """
 
     folder: Path
     outputs: tuple[Output, ...]
     carried: Path | None = None
+    dropped: tuple[Output, ...] = ()
+
+    def with_one_decoder(self, merged: Path) -> Plan:
+        """The plan in which one decoder takes the place of those for prompt and steps.
+
+        Args:
+            merged: The file that it is made from.
+        """
+        phases = [o for o in self.outputs if o.target.name in PHASES]
+        target = phases[0].target.with_name(PROMPT)
+        others = tuple(o for o in self.outputs if o not in phases)
+        return dataclasses.replace(
+            self,
+            outputs=(*others, Output(merged, target)),
+            dropped=tuple(o for o in phases if o.source != merged or o.target != target),
+        )
 
 
 def find_models(source: Path) -> list[Path]:

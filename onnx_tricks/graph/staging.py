@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 
@@ -78,7 +78,7 @@ class Staging:
         self._remove_made()
 
     def save(self, model: ir.Model, output: Output, layout: DataLayout | None = None) -> Path:
-        """Write a model into the staging folder.
+        """Write a model into the staging folder, in place of an earlier attempt.
 
         Args:
             model: The model.
@@ -93,6 +93,7 @@ class Staging:
             UsageError: The files cannot be written, or the disk has too little space.
         """
         target = output.target
+        self._discard(target)
         if target.name in self._named_by_others(target):
             raise UsageError(f"{self._plan.folder / target} holds weights of another model")
         layout = layout or DataLayout()
@@ -106,6 +107,15 @@ class Staging:
         save_model(model, staged, layout)
         self._staged.append(target)
         return staged
+
+    def _discard(self, target: Path) -> None:
+        if target not in self._staged:
+            return
+        staged = self._root / _MODELS / target
+        for location in external_locations(staged):
+            (staged.parent / location).unlink(missing_ok=True)
+        staged.unlink()
+        self._staged.remove(target)
 
     def commit(self) -> None:
         """Move the staged files into place, with the input folder's other files.
@@ -126,7 +136,18 @@ class Staging:
                 _move(self._root / _CARRIED / path, folder / path)
             for target in self._staged:
                 self._replace(target)
+            for output in self._plan.dropped:
+                self._remove(output.target)
         self._made.clear()
+
+    def _remove(self, target: Path) -> None:
+        """Remove a model that another has taken the place of."""
+        final = self._plan.folder / target
+        if target in self._staged or not final.is_file():
+            return
+        own = external_locations(final) - self._named_by_others(target)
+        final.unlink(missing_ok=True)
+        _remove_data(final.parent, own)
 
     def _replace(self, target: Path) -> None:
         final, staged = self._plan.folder / target, self._root / _MODELS / target
@@ -136,10 +157,7 @@ class Staging:
         for location in sorted(new):
             _move(staged.parent / location, final.parent / location)
         _move(staged, final)
-        for location in old - new - self._named_by_others(target):
-            data = final.parent / location
-            if data.suffix not in _SHARED_SUFFIXES and data.is_file():
-                data.unlink()
+        _remove_data(final.parent, old - new - self._named_by_others(target))
 
     def _carry(self) -> list[Path]:
         """Copy the input folder's other files into the staging folder; their relative paths."""
@@ -147,7 +165,7 @@ class Staging:
         if source is None:
             return []
         rewritten = set()
-        for output in self._plan.outputs:
+        for output in (*self._plan.outputs, *self._plan.dropped):
             assert output.source is not None
             rewritten.add(output.source)
             for location in external_locations(output.source):
@@ -189,6 +207,14 @@ class Staging:
         for path in reversed(self._made):
             with contextlib.suppress(OSError):
                 path.rmdir()
+
+
+def _remove_data(folder: Path, locations: Iterable[str]) -> None:
+    """Remove data files that no model reads any more."""
+    for location in locations:
+        data = folder / location
+        if data.suffix not in _SHARED_SUFFIXES and data.is_file():
+            data.unlink()
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -1,0 +1,1 @@
+"""What slim attention needs beside its pass: plans, weights, positions and states of layers."""

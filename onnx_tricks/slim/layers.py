@@ -1,0 +1,95 @@
+"""The attention layers of a decoder, each with its cache, wherever its phases are written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from onnx_tricks.patterns.attention import Attention, OpaqueAttention, find_attentions
+from onnx_tricks.patterns.heads import Heads
+from onnx_tricks.rewrite import Skip
+
+__all__ = ["Layer", "find_layers"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layer:
+    """One attention layer that keeps keys and values.
+
+    Attributes:
+        views: The layer, once for every graph that computes it: the main graph, or both branches
+            of a decoder that was merged from one for the prompt and one for steps.
+        past_key: The input by which cached keys enter; None where none do.
+        past_value: Likewise for values.
+        present_key: The output by which keys leave; None where none do.
+        present_value: Likewise for values.
+    """
+
+    views: tuple[Attention, ...]
+    past_key: ir.Value | None
+    past_value: ir.Value | None
+    present_key: ir.Value | None
+    present_value: ir.Value | None
+
+    @property
+    def view(self) -> Attention:
+        """The view that knows most: one whose keys and values come from known projections."""
+        known = [v for v in self.views if v.keys.projection and v.values.projection]
+        return (known or list(self.views))[0]
+
+    @property
+    def label(self) -> str:
+        """The name of the node to look for."""
+        node = self.view.node
+        return node.name or node.outputs[0].name or node.op_type
+
+
+def find_layers(model: ir.Model) -> Iterator[Layer | Skip]:
+    """Yield the layers of a decoder in order, and attention that is not understood.
+
+    Args:
+        model: A model whose shapes and types have been inferred.
+    """
+    inputs = {value.name: value for value in model.graph.inputs}
+    outputs = {value.name: value for value in model.graph.outputs}
+    views: dict[str, list[Attention]] = {}
+    for view in find_attentions(model):
+        if isinstance(view, OpaqueAttention):
+            yield Skip(view.node.name or view.node.op_type, view.reason)
+        elif (name := _cache_name(view.keys)) is not None:
+            views.setdefault(name, []).append(view)
+    for name, found in views.items():
+        value_name = next((n for v in found if (n := _cache_name(v.values))), None)
+        yield Layer(
+            tuple(found),
+            _entering(found, "keys", inputs.get(_past_name(name))),
+            _entering(found, "values", inputs.get(_past_name(value_name or ""))),
+            outputs.get(name),
+            outputs.get(value_name),
+        )
+
+
+def _cache_name(heads: Heads) -> str | None:
+    """The name of the output by which heads leave, or would if they were not there already."""
+    if heads.cache is not None and heads.cache.output is not None:
+        return heads.cache.output.name
+    past = heads.input if heads.cache is None else heads.cache.past
+    if past is None or not past.is_graph_input() or past.name is None:
+        return None
+    return past.name.replace("past_key_values", "present")
+
+
+def _past_name(present: str) -> str:
+    return present.replace("present", "past_key_values")
+
+
+def _entering(views: list[Attention], kind: str, named: ir.Value | None) -> ir.Value | None:
+    for view in views:
+        heads: Heads = getattr(view, kind)
+        if heads.cache is not None and heads.cache.past is not None:
+            return heads.cache.past
+        if heads.input is not None:
+            return heads.input
+    return named

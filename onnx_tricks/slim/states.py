@@ -1,0 +1,122 @@
+"""The states that a decoder carries from step to step: its cache inputs and outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+
+from onnx_tricks.graph.build import Builder
+from onnx_tricks.graph.edit import fresh_name
+
+__all__ = ["State", "builder_before", "replace_outputs", "state_names"]
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """An output that carries a state on.
+
+    Attributes:
+        name: Its name.
+        dtype: Its element type.
+        shape: Its shape.
+        values: What it is, in every graph that computes it: the main graph, or both branches.
+    """
+
+    name: str
+    dtype: ir.DataType
+    shape: ir.Shape
+    values: Mapping[ir.Graph, ir.Value]
+
+
+def state_names(past_key: str, slot: str) -> tuple[str, str]:
+    """The names of a state of the layer that a key cache belongs to: input and output.
+
+    Args:
+        past_key: Name of the key cache that the exporter gave the layer.
+        slot: "key", "residual" or "hidden".
+    """
+    layer = re.search(r"\d+", past_key)
+    stem = layer.group() if layer else past_key
+    return f"past_key_values.{stem}.{slot}", f"present.{stem}.{slot}"
+
+
+def builder_before(model: ir.Model, node: ir.Node, stem: str) -> Builder:
+    """A builder that places nodes in front of another, in its graph."""
+    graph = node.graph
+    assert graph is not None
+    return Builder(
+        lambda new: graph.insert_before(node, new),
+        lambda op_type: fresh_name(model, f"{stem}/{op_type}"),
+    )
+
+
+def replace_outputs(model: ir.Model, changes: Mapping[str, Sequence[State]]) -> None:
+    """Replace outputs of a model by states, each output by any number of them.
+
+    Args:
+        model: The model; its decoder is the main graph, or the two branches of one If.
+        changes: What takes the place of an output, by its name.
+    """
+    graph = model.graph
+    branching = next((node for node in graph if node.op_type == "If"), None)
+    kept: list[tuple[ir.Value, Sequence[State] | None]] = [
+        (output, changes.get(output.name or "")) for output in graph.outputs
+    ]
+    for output, states in kept:
+        if states is not None:
+            # Whatever still reads it, its name is that of a state now.
+            output.name = fresh_name(model, f"{output.name}/old")
+    if branching is None:
+        outputs = [v for o, new in kept for v in ([o] if new is None else _named(new, graph))]
+    else:
+        outputs = _replace_branches(graph, branching, kept)
+    graph.outputs.clear()
+    graph.outputs.extend(outputs)
+
+
+def _named(states: Sequence[State], graph: ir.Graph) -> list[ir.Value]:
+    """The values of states in one graph, declared."""
+    values = []
+    for state in states:
+        value = state.values[graph]
+        value.name, value.shape, value.type = state.name, state.shape, ir.TensorType(state.dtype)
+        values.append(value)
+    return values
+
+
+def _replace_branches(
+    graph: ir.Graph, branching: ir.Node, kept: Sequence[tuple[ir.Value, Sequence[State] | None]]
+) -> list[ir.Value]:
+    """Give an If other outputs: a new node in its place, its branches returning the states."""
+    index = {output: i for i, output in enumerate(branching.outputs)}
+    branches = [a.as_graph() for a in branching.attributes.values()]
+    for branch in branches:
+        old = list(branch.outputs)
+        branch.outputs.clear()
+        for output, states in kept:
+            if output in index:
+                found = [old[index[output]]] if states is None else _named(states, branch)
+                branch.outputs.extend(found)
+    names: list[ir.Value | State] = []
+    for output, states in kept:
+        if output in index:
+            names += [output] if states is None else states
+    new = ir.Node("", "If", branching.inputs, branching.attributes.values(), num_outputs=len(names))
+    new.name = branching.name
+    for value, like in zip(new.outputs, names, strict=True):
+        dtype = like.dtype
+        assert dtype is not None
+        value.name, value.shape, value.type = like.name, like.shape, ir.TensorType(dtype)
+    graph.insert_before(branching, new)
+    results = iter(new.outputs)
+    outputs: list[ir.Value] = []
+    for output, states in kept:
+        if output in index:
+            count = 1 if states is None else len(states)
+            outputs += [next(results) for _ in range(count)]
+        else:
+            outputs.append(output)
+    return outputs

@@ -1,0 +1,256 @@
+"""Put the operator of a plan in the place of a layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from onnx_tricks.graph.build import Builder
+from onnx_tricks.graph.edit import add_constant
+from onnx_tricks.graph.shapes import dtype_of, rank_of
+from onnx_tricks.operators.signature import DOMAIN, INPUTS, OUTPUTS, Form
+from onnx_tricks.patterns.attention import Attention
+from onnx_tricks.patterns.axes import Axes
+from onnx_tricks.patterns.scores import Bias, Mask
+from onnx_tricks.slim.plan import LayerPlan
+from onnx_tricks.slim.positions import Angles
+from onnx_tricks.slim.states import builder_before
+
+__all__ = ["form_of", "layer_weights", "write_operator"]
+
+
+def form_of(plans: Iterable[LayerPlan], opset: int) -> dict[str, Form]:
+    """The form of each operator, wide enough for all layers that it takes the place of."""
+    groups: dict[str, list[LayerPlan]] = {}
+    for plan in plans:
+        groups.setdefault(plan.operator, []).append(plan)
+    return {operator: _common(operator, group, opset) for operator, group in groups.items()}
+
+
+def _common(operator: str, plans: list[LayerPlan], opset: int) -> Form:
+    views = [view for plan in plans for view in plan.layer.views]
+    rotary = plans[0].layer.view.keys.rotary
+    optional = {
+        "cos": rotary is not None,
+        "sin": rotary is not None,
+        "residual": any(plan.rank for plan in plans),
+        "past_residual": any(plan.rank for plan in plans),
+        "bias": any(view.scores.terms for view in views),
+        **{
+            name: any(name in plan.weights and _counts(plan.weights[name]) for plan in plans)
+            for name in ("key_bias", "value_bias")
+        },
+    }
+    return Form(
+        opset=opset,
+        dtype=plans[0].dtype,
+        cache=plans[0].cache,
+        inputs=frozenset(name for name in INPUTS[operator] if optional.get(name, True)),
+        softcap=plans[0].layer.view.scores.softcap is not None,
+        interleaved=rotary is not None and rotary.interleaved,
+        safe=any(view.safe for view in views),
+    )
+
+
+def _counts(tensor: ir.TensorProtocol) -> bool:
+    """Whether a constant changes anything that it is added to."""
+    return bool(np.any(tensor.numpy()))
+
+
+def layer_weights(model: ir.Model, plan: LayerPlan, form: Form) -> dict[str, ir.Value]:
+    """Register the weights of a layer; those without effect are left out."""
+    wanted = {*form.inputs, "projection"}
+    if "center" in plan.weights and _counts(plan.weights["center"]):
+        wanted.add("center")
+    return {
+        name: add_constant(model, f"{plan.layer.label}/{name}", tensor)
+        for name, tensor in plan.weights.items()
+        if name in wanted
+    }
+
+
+def write_operator(
+    model: ir.Model,
+    plan: LayerPlan,
+    view: Attention,
+    form: Form,
+    weights: Mapping[str, ir.Value],
+    states: Mapping[str, ir.Value],
+    angles: Angles,
+) -> dict[str, ir.Value]:
+    """Write the operator for one view of a layer, and let it take the place of its output.
+
+    Args:
+        model: The model.
+        plan: What the layer is to cache.
+        view: The layer as one graph computes it.
+        form: What all nodes of the operator have in common.
+        weights: From `layer_weights`.
+        states: The inputs that carry states, by the operator's names, such as `past_key`.
+        angles: Gives rotation angles for all keys.
+
+    Returns:
+        The states that leave, by the operator's names, such as `present_key`.
+    """
+    assert view.merged is not None
+    anchor = view.merged.producer()
+    assert anchor is not None
+    build = builder_before(model, anchor, f"{plan.layer.label}/slim")
+    given: dict[str, ir.Value | None] = {**weights, **states}
+    query = _heads_first(build, view.query.state, view.query.state_axes, view.heads)
+    given["query"] = query
+    if "bias" in form.inputs:
+        given["bias"] = _bias(build, view, plan.dtype)
+    if plan.operator == "SlimAttention":
+        given |= _project(build, plan, view, weights, query)
+        if "cos" in form.inputs:
+            given |= angles.of(build, view, plan.dtype, states["past_key"])
+    else:
+        source = plan.layer.view.keys.projection
+        own = view.keys.projection or source
+        assert own is not None
+        given["hidden"] = own.source
+        if rank_of(own.source) == 2:
+            sizes = _tokens(build, query)
+            given["hidden"] = build.Reshape(own.source, build.Concat(*sizes, [-1], axis=0))
+    attributes = [ir.AttrFloat32("scale", _scale(view))]
+    if form.softcap:
+        attributes.append(ir.AttrFloat32("softcap", view.scores.softcap or 0.0))
+    count = len(OUTPUTS[plan.operator])
+    if "residual" not in form.inputs and plan.operator == "SlimAttention":
+        count -= 1
+    present = [given.get(n) if n in form.inputs else None for n in INPUTS[plan.operator]]
+    while present[-1] is None:
+        present.pop()
+    outputs = build.node(DOMAIN, plan.operator, present, attributes, count)
+    output = outputs[0]
+    output.type = ir.TensorType(plan.dtype)
+    if rank_of(view.merged) == 2:
+        output = build.Reshape(output, [-1, view.heads * view.value_width])
+    wanted = dtype_of(view.merged)
+    if wanted is not None and wanted != plan.dtype:
+        output = build.Cast(output, to=wanted)
+    view.merged.replace_all_uses_with(output)
+    return dict(zip(OUTPUTS[plan.operator][1:], outputs[1:], strict=False))
+
+
+def _scale(view: Attention) -> float:
+    return view.query.scale * view.keys.scale * view.scores.scale
+
+
+def _project(
+    build: Builder,
+    plan: LayerPlan,
+    view: Attention,
+    weights: Mapping[str, ir.Value],
+    query: ir.Value,
+) -> dict[str, ir.Value]:
+    """Keys before rotation and residual of the new tokens."""
+    projection = view.keys.projection
+    assert projection is not None
+    source = projection.source
+    if "center" in weights:
+        # Before the product: what it takes off would be lost in the rounding of the rest.
+        source = build.Sub(source, weights["center"])
+    made = build.MatMul(source, weights["projection"])
+    keys, rank = plan.layer.view.keys, plan.rank
+    channels = keys.heads * keys.head_width
+    found, sizes = {}, _tokens(build, query)
+    if rank:
+        residual = build.Slice(made, [channels], [channels + rank], [-1])
+        found["residual"] = build.Reshape(residual, build.Concat(*sizes, [rank], axis=0))
+        made = build.Slice(made, [0], [channels], [-1])
+    shape = build.Concat(*sizes, [keys.heads], [keys.head_width], axis=0)
+    found["key"] = build.Transpose(build.Reshape(made, shape), perm=[0, 2, 1, 3])
+    return found
+
+
+def _tokens(build: Builder, query: ir.Value) -> list[ir.Value]:
+    """B and T as tensors [1], from queries [B, H, T, K]."""
+    return [build.Slice(build.Shape(query), [axis], [axis + 1]) for axis in (0, 2)]
+
+
+def _heads_first(build: Builder, value: ir.Value, axes: Axes, heads: int) -> ir.Value:
+    """Heads in whatever arrangement as [B, H, T, K]."""
+    letters = "".join(axes)
+    if sorted(letters) != sorted("bhsk"):
+        raise NotImplementedError(f"heads arranged as {axes}")
+    if any(len(one) != 1 for one in axes):
+        # An axis that runs over several things is split where its inner length is known.
+        lengths: list[ir.Value] = []
+        shape = build.Shape(value)
+        for place, one in enumerate(axes):
+            length = build.Slice(shape, [place], [place + 1])
+            if len(one) < 2:
+                lengths.append(length)
+            elif one == "bh":
+                lengths += [build.Div(length, [heads]), build.Identity(_vector(build, heads))]
+            elif one == "hk":
+                lengths += [build.Identity(_vector(build, heads)), build.Div(length, [heads])]
+            else:
+                raise NotImplementedError(f"heads arranged as {axes}")
+        value = build.Reshape(value, build.Concat(*lengths, axis=0))
+    perm = [letters.index(letter) for letter in "bhsk"]
+    return value if perm == [0, 1, 2, 3] else build.Transpose(value, perm=perm)
+
+
+def _vector(build: Builder, number: int) -> ir.Value:
+    return build.Constant(value_ints=[number])
+
+
+def _bias(build: Builder, view: Attention, dtype: ir.DataType) -> ir.Value:
+    """Everything that is added to the scores as one term, [B, H, T, S] or broadcast to it."""
+    total: ir.Value | None = None
+    for term in view.scores.terms:
+        if isinstance(term, Mask):
+            total = _masked(build, term, total, view.heads, dtype)
+        else:
+            value = _unfolded(build, term, term.value, view.heads)
+            if dtype_of(term.value) == ir.DataType.BOOL:
+                value = _visible(build, value, dtype, safe=view.safe)
+            else:
+                value = _scaled(build, value, term, dtype)
+            total = value if total is None else build.Add(total, value)
+    if total is None:
+        return build.Constant(value=ir.Tensor(np.zeros((1, 1, 1, 1), dtype=dtype.numpy())))
+    return total
+
+
+def _visible(build: Builder, value: ir.Value, dtype: ir.DataType, *, safe: bool) -> ir.Value:
+    """A mask that says what may be seen, as a term."""
+    numbers = dtype.numpy()
+    # Where a row of nothing but minus infinity is no sum, the least number has to do.
+    least = -np.inf if safe else ml_dtypes.finfo(numbers).min
+    zero, masked = (np.asarray(number, dtype=numbers) for number in (0, least))
+    return build.Where(value, zero, masked)
+
+
+def _unfolded(build: Builder, term: Bias | Mask, value: ir.Value, heads: int) -> ir.Value:
+    """What belongs to scores of all heads of all rows one behind the other, [B H, T, S]."""
+    if term.view is None or rank_of(value) == 0:
+        return value
+    lengths = build.Slice(build.Shape(value), [-2], [2**62])
+    return build.Reshape(value, build.Concat([-1], [heads], lengths, axis=0))
+
+
+def _scaled(build: Builder, value: ir.Value, term: Bias | Mask, dtype: ir.DataType) -> ir.Value:
+    given = dtype_of(term.value if isinstance(term, Bias) else term.fill)
+    if given not in (None, dtype):
+        value = build.Cast(value, to=dtype)
+    if math.isclose(term.scale, 1.0):
+        return value
+    return build.Mul(value, np.asarray(term.scale, dtype=dtype.numpy()))
+
+
+def _masked(
+    build: Builder, term: Mask, total: ir.Value | None, heads: int, dtype: ir.DataType
+) -> ir.Value:
+    """A replaced score as a term: what it is replaced by outweighs any score."""
+    condition = _unfolded(build, term, term.condition, heads)
+    fill = _scaled(build, _unfolded(build, term, term.fill, heads), term, dtype)
+    rest = np.zeros((), dtype=dtype.numpy()) if total is None else total
+    return build.Where(condition, *((fill, rest) if term.holds else (rest, fill)))
