@@ -5,13 +5,21 @@ Everything is computed in float64 (or exactly) and rounded once, to the type of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-__all__ = ["folded_size", "rounding_loss", "row_product", "scale_axis"]
+__all__ = [
+    "axis_mean",
+    "center_in_turn",
+    "folded_size",
+    "rounding_loss",
+    "row_product",
+    "scale_axis",
+    "subtract_mean",
+]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _BLOCK = 1 << 21  # elements
@@ -68,6 +76,82 @@ def _blocks(array: Array) -> Iterator[slice]:
     """Slices of the first axis that bound temporaries in float64 to 16 MiB."""
     step = max(1, _BLOCK * array.shape[0] // max(1, array.size))
     return (slice(start, start + step) for start in range(0, array.shape[0], step))
+
+
+def axis_mean(weight: Array, axis: int, scale: Array | None = None) -> Array:
+    """The mean of a weight over one axis, which stays with length 1.
+
+    Args:
+        weight: Any shape, of a floating type.
+        axis: The axis, of length D.
+        scale: [D] float64, what the weight is multiplied with first.
+
+    Returns:
+        float64.
+    """
+    scale = np.ones(weight.shape[axis]) if scale is None else scale
+    factor = _along_axis(weight, scale / weight.shape[axis], axis, 1)
+    if axis != 0:
+        means = [
+            (weight[b].astype(np.float64) * factor).sum(axis, keepdims=True)
+            for b in _blocks(weight)
+        ]
+        return np.concatenate(means)
+    total = np.zeros((1, *weight.shape[1:]))
+    for block in _blocks(weight):
+        total += (weight[block].astype(np.float64) * factor[block]).sum(0, keepdims=True)
+    return total
+
+
+def subtract_mean(
+    weight: Array,
+    mean: Array,
+    axis: int,
+    scale: Array | None = None,
+    rows: slice = slice(None),
+) -> Array:
+    """Take the mean over one axis off a weight, rounding once.
+
+    Args:
+        weight: Any shape, of a floating type; not changed.
+        mean: What `axis_mean` gives for the same arguments.
+        axis: The axis, of length D.
+        scale: [D] float64, what the weight is multiplied with first.
+        rows: Which entries of axis 0 to compute.
+
+    Returns:
+        A new array like `weight[rows]`, exact to half a unit in the last place.
+    """
+    factor = _along_axis(weight, np.ones(weight.shape[axis]) if scale is None else scale, axis, 1)
+    result = np.empty_like(weight[rows])
+    given, parts = weight[rows], (factor, mean)
+    factor, mean = (part[rows] if part.shape[0] > 1 else part for part in parts)
+    factor, mean = (np.broadcast_to(part, given.shape) for part in (factor, mean))
+    for block in _blocks(given):
+        result[block] = given[block].astype(np.float64) * factor[block] - mean[block]
+    return result
+
+
+def center_in_turn(vectors: Sequence[Array], dtypes: Sequence[np.dtype[Any]]) -> list[Array]:
+    """Take the means off vectors that are added up one after the other.
+
+    What rounding takes from one vector goes into the next: however many are added up, their sum is
+    as exact as the last of them. All rows feel a bias alike, so its error would not average out.
+
+    Args:
+        vectors: Each [D] float64.
+        dtypes: The type to which each is rounded.
+
+    Returns:
+        The centred vectors, each [D] of its type.
+    """
+    carried: Array = np.zeros(())
+    centred = []
+    for vector, dtype in zip(vectors, dtypes, strict=True):
+        wanted = vector - vector.mean() - carried
+        centred.append(wanted.astype(dtype))
+        carried = centred[-1].astype(np.float64) - wanted
+    return centred
 
 
 def rounding_loss(weight: Array, gain: Array, axis: int, groups: int = 1) -> float:

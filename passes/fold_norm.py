@@ -21,7 +21,7 @@ from onnx_tricks.graph.edit import (
 from onnx_tricks.graph.spell import write_norm, write_product
 from onnx_tricks.patterns.norm import Norm, OpaqueNorm, find_norms
 from onnx_tricks.patterns.readers import Reader, find_readers
-from onnx_tricks.patterns.sharing import Claim, Conflict, find_conflicts
+from onnx_tricks.patterns.sharing import Claim, Conflict, find_conflicts, share_groups
 from onnx_tricks.patterns.weight import Weight
 from onnx_tricks.rewrite import Pass, Site, Skip
 from onnx_tricks.weights import folded_size, rounding_loss, scale_axis
@@ -287,15 +287,9 @@ def _claims(parts: dict[int, Part]) -> Iterator[Claim]:
 
 def _together(parts: dict[int, Part], conflicts: list[Conflict]) -> Iterator[Fold]:
     """Group norms that share weights; one site a group, in the order of their first norms."""
-    groups: list[tuple[set[int], set[ir.Value]]] = []
-    for index, part in parts.items():
-        members, weights = {index}, {reader.linear.weight.stored for reader in part.readers}
-        for group in [one for one in groups if one[1] & weights]:
-            groups.remove(group)
-            members, weights = members | group[0], weights | group[1]
-        groups.append((members, weights))
-    for members, _ in sorted(groups, key=lambda group: min(group[0])):
-        chosen = tuple(parts[index] for index in sorted(members))
+    weights = {i: [r.linear.weight.stored for r in part.readers] for i, part in parts.items()}
+    for members in share_groups(weights):
+        chosen = tuple(parts[index] for index in members)
         yield Fold(
             _label(chosen[0].norm.node),
             count=len(chosen),

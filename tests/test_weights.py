@@ -73,3 +73,36 @@ def test_a_row_times_a_matrix_is_computed_in_float64(shape: tuple[int, ...]) -> 
     row = rng.standard_normal(5)
     exact = row @ matrix.astype(np.float64)
     np.testing.assert_allclose(weights.row_product(row, matrix), exact, rtol=1e-14)
+
+
+@given(folds(), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_centring_rounds_the_exact_difference_once(
+    case: tuple[np.ndarray, np.ndarray, int], scaled: bool
+) -> None:
+    weight, scale, axis = case
+    shape = [1] * weight.ndim
+    shape[axis] = -1
+    exact = weight.astype(np.float64) * (scale.reshape(shape) if scaled else 1)
+    exact = exact - exact.mean(axis, keepdims=True)
+    chosen = scale if scaled else None
+    mean = weights.axis_mean(weight, axis, chosen)
+    found = weights.subtract_mean(weight, mean, axis, chosen)
+    assert found.dtype == weight.dtype
+    unit = float(ml_dtypes.finfo(weight.dtype).eps)
+    size = 1 + np.abs(weight.astype(np.float64)).max() * (1 + np.abs(scale).max())
+    np.testing.assert_allclose(found.astype(np.float64), exact, rtol=unit, atol=1e-12 + unit * size)
+    first = weights.subtract_mean(weight, mean, axis, chosen, slice(0, 1))
+    np.testing.assert_array_equal(first, found[:1])
+
+
+def test_rounding_errors_of_biases_do_not_add_up() -> None:
+    rng = np.random.default_rng(0)
+    vectors = [10 * rng.standard_normal(64) for _ in range(100)]
+    types = [np.dtype(np.float16)] * 100
+    exact = sum(vector - vector.mean() for vector in vectors)
+    carried = sum(v.astype(np.float64) for v in weights.center_in_turn(vectors, types))
+    apart = sum((v - v.mean()).astype(np.float16).astype(np.float64) for v in vectors)
+    last = np.spacing(np.float16(40))
+    assert np.abs(carried - exact).max() <= last / 2
+    assert np.abs(apart - exact).max() > last

@@ -143,6 +143,10 @@ class ChangedTensor(ir.LazyTensor):
             name=name,
         )
 
+    def rows(self, rows: slice) -> Array:
+        """Part of the tensor, a slice of its axis 0."""
+        return self._change(self._source.numpy(), rows)
+
     def tofile(self, file: BinaryIO) -> None:
         """Write the bytes, a block of rows at a time."""
         array = self._source.numpy()

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnx_tricks.graph.edit import insert, shared_constant, shared_vector
 from onnx_tricks.graph.shapes import dtype_of
 
-__all__ = ["write_norm", "write_product"]
+__all__ = ["write_centred", "write_norm", "write_product"]
 
 _HALF = frozenset((ir.DataType.FLOAT16, ir.DataType.BFLOAT16))
 _FUSED_SINCE = {"rms": 23, "layer": 17}
@@ -34,10 +34,11 @@ def write_norm(
     width: int,
     epsilon: float,
     dtype: ir.DataType,
+    gain: ir.Value | None = None,
     bias: ir.Value | None = None,
     name: str,
 ) -> ir.Value:
-    """Write an RMSNorm or LayerNorm over the last axis, without gain.
+    """Write an RMSNorm or LayerNorm over the last axis.
 
     Args:
         model: The model; its opset decides the spelling.
@@ -47,6 +48,7 @@ def write_norm(
         width: D.
         epsilon: Added to the mean square.
         dtype: Type of the result. Where it is a half type, the norm is computed in float32.
+        gain: A constant [D] of `dtype` to multiply with, or None.
         bias: A constant [D] of `dtype` to add, or None.
         name: Stem of the names of the nodes.
 
@@ -61,10 +63,9 @@ def write_norm(
     if opset >= _FUSED_SINCE[kind] and not coarse:
         # They compute half types in float32 by themselves.
         inner = max(given, dtype, key=lambda one: one.itemsize)
-        ones = shared_vector(model, 1.0, width, inner)
-        inside = []
-        if kind == "layer" and bias is not None and inner == dtype:
-            inside, bias = [bias], None
+        early = inner == dtype
+        scale = gain if early and gain is not None else shared_vector(model, 1.0, width, inner)
+        inside = [bias] if early and kind == "layer" and bias is not None else []
         attributes = [ir.AttrInt64("axis", -1), ir.AttrFloat32("epsilon", epsilon)]
         if inner == ir.DataType.DOUBLE and kind == "rms":
             attributes.append(ir.AttrInt64("stash_type", _STASH_DOUBLE))
@@ -72,13 +73,16 @@ def write_norm(
         output = insert(
             before,
             op_type,
-            [writer.cast(source, given, inner), ones, *inside],
+            [writer.cast(source, given, inner), scale, *inside],
             name=name,
             model=model,
             dtype=inner,
             attributes=attributes,
         )
-        return writer.plus(writer.cast(output, inner, dtype), bias, dtype)
+        output = writer.cast(output, inner, dtype)
+        if not early:
+            output = writer.times(output, gain, dtype)
+        return output if inside else writer.plus(output, bias, dtype)
     inner = max(given, dtype, key=lambda one: one.itemsize)
     inner = ir.DataType.FLOAT if inner in _HALF else inner
     value = writer.cast(source, given, inner)
@@ -90,11 +94,31 @@ def write_norm(
     root = writer.op("Sqrt", [shifted], inner)
     value = writer.cast(writer.op("Div", [value, root], inner), inner, dtype)
     if coarse:
-        return writer.plus(value, bias, dtype)
-    value = writer.op("Mul", [value, shared_vector(model, 1.0, width, dtype)], dtype)
+        return writer.plus(writer.times(value, gain, dtype), bias, dtype)
+    if gain is None:
+        gain = shared_vector(model, 1.0, width, dtype)
+    value = writer.times(value, gain, dtype)
     if kind == "layer" and bias is None:
         bias = shared_vector(model, 0.0, width, dtype)
     return writer.plus(value, bias, dtype)
+
+
+def write_centred(
+    model: ir.Model, before: ir.Node, source: ir.Value, *, axis: int, dtype: ir.DataType, name: str
+) -> ir.Value:
+    """Write `source - mean(source)` over one axis.
+
+    Args:
+        model: The model; its opset decides the spelling.
+        before: The node in front of which it is placed.
+        source: The value.
+        axis: The axis, counted from the end.
+        dtype: Type of the value and of the result.
+        name: Stem of the names of the nodes.
+    """
+    writer = _Writer(model, before, name)
+    mean = writer.mean(source, dtype, model.opset_imports.get("", 1), axis)
+    return writer.op("Sub", [source, mean], dtype)
 
 
 def write_product(
@@ -161,14 +185,18 @@ class _Writer:
             return value
         return self.op("Cast", [value], wanted, (ir.AttrInt64("to", wanted),))
 
+    def times(self, value: ir.Value, gain: ir.Value | None, dtype: ir.DataType) -> ir.Value:
+        return value if gain is None else self.op("Mul", [value, gain], dtype)
+
     def plus(self, value: ir.Value, bias: ir.Value | None, dtype: ir.DataType) -> ir.Value:
         return value if bias is None else self.op("Add", [value, bias], dtype)
 
-    def mean(self, value: ir.Value, dtype: ir.DataType, opset: int) -> ir.Value:
+    def mean(self, value: ir.Value, dtype: ir.DataType, opset: int, axis: int = -1) -> ir.Value:
         keep = ir.AttrInt64("keepdims", 1)
         if opset < 18:
-            return self.op("ReduceMean", [value], dtype, (ir.AttrInt64s("axes", [-1]), keep))
-        axes = shared_constant(self.model, "last_axis", np.asarray([-1], dtype=np.int64))
+            return self.op("ReduceMean", [value], dtype, (ir.AttrInt64s("axes", [axis]), keep))
+        label = "last_axis" if axis == -1 else f"axis{axis}"
+        axes = shared_constant(self.model, label, np.asarray([axis], dtype=np.int64))
         return self.op("ReduceMean", [value, axes], dtype, (keep,))
 
     def number(self, word: str, number: float, dtype: ir.DataType) -> ir.Value:

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from onnx_tricks.graph.constants import evaluate, scalar
 from onnx_tricks.graph.shapes import dim, dtype_of
+from onnx_tricks.patterns.interior import interior
 from onnx_tricks.patterns.product import Factor, factors, skip_casts
 from onnx_tricks.patterns.statistic import (
     centred,
@@ -25,7 +26,7 @@ from onnx_tricks.patterns.statistic import (
     reduced_axes,
 )
 
-__all__ = ["FUSED_NORMS", "FusedNorm", "Kind", "Norm", "OpaqueNorm", "find_norms"]
+__all__ = ["FUSED_NORMS", "FusedNorm", "Kind", "Norm", "OpaqueNorm", "find_norms", "norm_entries"]
 
 Kind = Literal["rms", "layer", "tanh", "other"]
 _Array = np.ndarray[Any, np.dtype[Any]]
@@ -127,6 +128,16 @@ def find_norms(model: ir.Model) -> Iterator[Norm | OpaqueNorm]:
             yield found
 
 
+def norm_entries(norm: Norm) -> tuple[tuple[ir.Node, int], ...]:
+    """The uses by which a norm reads its source: nodes, and which of their inputs it is."""
+    if norm.node.op_type == "SkipLayerNormalization":
+        return (norm.node, 0), (norm.node, 1)
+    if norm.fused is not None:
+        return ((norm.node, 0),)
+    inside = interior(norm.output, norm.source)
+    return tuple((node, index) for node, index in norm.source.uses() if node in inside)
+
+
 def _fused(node: ir.Node) -> Norm | OpaqueNorm:
     layout = FUSED_NORMS[node.domain, node.op_type]
     gain_value, bias_value = _input(node, layout.gain), _input(node, layout.bias)
@@ -138,7 +149,7 @@ def _fused(node: ir.Node) -> Norm | OpaqueNorm:
         return OpaqueNorm(node, "its bias is not a constant of the model")
     if gain.ndim == 0 or gain.size != gain.shape[-1] or not _last_axis_alone(node, source):
         return OpaqueNorm(node, "it normalises more than the last axis")
-    return Norm(
+    norm = Norm(
         kind=layout.kind,
         node=node,
         output=node.outputs[0],
@@ -150,6 +161,14 @@ def _fused(node: ir.Node) -> Norm | OpaqueNorm:
         epsilon=node.attributes.get_float("epsilon", 1e-5),
         fused=layout,
     )
+    if layout.bias is not None or node.op_type.startswith("Skip"):
+        return norm
+    # An operator that takes no bias, and an Add for it, are one norm of two nodes.
+    output, added = _with_bias(norm.output, norm.width, -1)
+    producer = output.producer()
+    if added is None or producer is None:
+        return norm
+    return dataclasses.replace(norm, node=producer, output=output, bias=added, fused=None)
 
 
 def _last_axis_alone(node: ir.Node, source: ir.Value) -> bool:
@@ -178,7 +197,7 @@ def _decomposed(node: ir.Node) -> Norm | OpaqueNorm | None:
     numerator = channels[0].value
     if not _normalises(numerator, statistics) or dim(numerator, axis) not in (None, values.size):
         return None
-    kind, source, epsilon = _kind(numerator, statistics, axis)
+    kind, source, epsilon = _kind(node.outputs[0], numerator, statistics, axis)
     output, bias = _with_bias(node.outputs[0], values.size, axis)
     producer = output.producer()
     assert producer is not None
@@ -206,7 +225,9 @@ def _normalises(numerator: ir.Value, statistics: list[Factor]) -> bool:
     return (node.domain, node.op_type) in {("", "Tanh"), *FUSED_NORMS}
 
 
-def _kind(numerator: ir.Value, statistics: list[Factor], axis: int) -> tuple[Kind, ir.Value, float]:
+def _kind(
+    output: ir.Value, numerator: ir.Value, statistics: list[Factor], axis: int
+) -> tuple[Kind, ir.Value, float]:
     """Kind, source and epsilon of a decomposed norm."""
     source = skip_casts(numerator)
     if not statistics:
@@ -221,7 +242,13 @@ def _kind(numerator: ir.Value, statistics: list[Factor], axis: int) -> tuple[Kin
     deviations = measured.source is source or (
         origin is not None and centred(measured.source, axis) is origin
     )
-    if origin is not None and (measured.source is origin if measured.variance else deviations):
+    if (
+        origin is not None
+        and (measured.source is origin if measured.variance else deviations)
+        # Centred rows that something else reads too are a value of their own, and this its RMSNorm.
+        and not source.is_graph_output()
+        and set(source.consumers()) <= interior(output, origin)
+    ):
         return "layer", origin, measured.epsilon
     if measured.source is source and not measured.variance:
         return "rms", source, measured.epsilon

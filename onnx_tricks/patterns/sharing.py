@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 
 import onnx_ir as ir
 
 from onnx_tricks.patterns.weight import Weight
 
-__all__ = ["Claim", "Conflict", "find_conflicts"]
+__all__ = ["Claim", "Conflict", "find_conflicts", "share_groups"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,25 @@ def find_conflicts(claims: Iterable[Claim]) -> list[Conflict]:
             if others or stored.is_graph_output():
                 conflicts.append(Conflict(claim, tuple(others)))
     return conflicts
+
+
+def share_groups(weights: Mapping[int, Iterable[ir.Value]]) -> list[list[int]]:
+    """Group owners that share weights, and so have to change them together.
+
+    Args:
+        weights: The stored weights of each owner.
+
+    Returns:
+        Groups of owners, each sorted, in the order of their first.
+    """
+    groups: list[tuple[set[int], set[ir.Value]]] = []
+    for owner, stored in weights.items():
+        members, shared = {owner}, set(stored)
+        for group in [one for one in groups if one[1] & shared]:
+            groups.remove(group)
+            members, shared = members | group[0], shared | group[1]
+        groups.append((members, shared))
+    return sorted(sorted(members) for members, _ in groups)
 
 
 def _strangers(stored: ir.Value, wishes: list[Claim]) -> list[ir.Node]:
