@@ -1,0 +1,88 @@
+"""Steps of a decoder: what stays in its caches is what it was shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from onnx_tricks.errors import ModelError, UsageError
+from onnx_tricks.runtime import Decoder
+from tests import toys
+from tests.conftest import Export
+from tests.runtime.conftest import Slim
+
+TEXT = np.frombuffer(b"def main(argv):\n    return 1", np.uint8)[None].astype(np.int64)
+
+
+@pytest.mark.parametrize("name", ["demo", "mgm"])
+def test_steps_compute_what_one_run_over_the_whole_text_computes(name: str, slim: Slim) -> None:
+    original, small = map(Decoder, slim(name))
+    whole = original.step(TEXT)
+    parts = np.split(TEXT, [11, 12, 20], axis=1)
+    stepped = np.concatenate([small.step(part) for part in parts], axis=1)
+    assert small.length == TEXT.shape[1]
+    np.testing.assert_allclose(stepped, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
+
+
+def test_padding_on_the_left_changes_nothing(slim: Slim) -> None:
+    decoder = Decoder(slim("demo")[1])
+    alone = decoder.step(TEXT)
+    decoder.reset()
+    padded, mask = (np.pad(a, ((0, 0), (5, 0))) for a in (TEXT, np.ones_like(TEXT)))
+    rest = decoder.step(padded, mask)[:, 5:]
+    np.testing.assert_allclose(rest, alone, rtol=0, atol=1e-5 * np.abs(alone).max())
+
+
+@pytest.mark.parametrize("cache_dtype", ["auto", "bf16"])
+def test_reordering_goes_on_with_the_chosen_rows(cache_dtype: str, slim: Slim) -> None:
+    decoder = Decoder(slim("demo", cache_dtype)[1])
+    prompts = np.stack([TEXT[0], TEXT[0, ::-1], np.roll(TEXT[0], 3)])
+    mask = np.ones_like(prompts)
+    mask[1, :4] = 0
+    rows = [2, 1, 1, 0]
+    decoder.step(prompts, mask)
+    decoder.reorder(rows)
+    reordered = decoder.step(np.full((4, 1), 40))
+    decoder.reset()
+    decoder.step(prompts[rows], mask[rows])
+    np.testing.assert_array_equal(reordered, decoder.step(np.full((4, 1), 40)))
+
+
+def test_an_exported_decoder_with_cross_caches_runs_too(export: Export) -> None:
+    folder = export("t5")
+    random = np.random.default_rng(0)
+    given = {
+        "encoder_hidden_states": random.standard_normal((2, 9, 48)),
+        "encoder_attention_mask": np.ones((2, 9)),
+    }
+    tokens = random.integers(0, 97, (2, 6))
+    whole = Decoder(folder).step(tokens, **given)
+    decoder = Decoder(folder)
+    first = decoder.step(tokens[:, :4], **given)
+    steps = [decoder.step(tokens[:, [at]]) for at in (4, 5)]
+    np.testing.assert_allclose(np.concatenate([first, *steps], axis=1), whole, atol=1e-5)
+
+
+def test_what_is_missing_unknown_or_misshapen_is_named(export: Export, slim: Slim) -> None:
+    decoder = Decoder(export("t5"))
+    with pytest.raises(UsageError, match="needs a value for its input encoder_attention_mask"):
+        decoder.step([[1]], encoder_hidden_states=np.zeros((1, 2, 48)))
+    with pytest.raises(UsageError, match="no input 'encoder_states'; its inputs are"):
+        decoder.step([[1]], encoder_states=np.zeros((1, 2, 48)))
+    decoder = Decoder(slim("demo")[1])
+    with pytest.raises(UsageError, match=r"\[B, T\]"):
+        decoder.step([1, 2, 3])
+    decoder.step([[1, 2, 3]])
+    with pytest.raises(UsageError, match="2 rows of tokens, but 1 in the caches"):
+        decoder.step([[1], [2]])
+
+
+def test_what_is_no_decoder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="the folder holds none of"):
+        Decoder(tmp_path)
+    onnx.save(toys.model("y = MatMul(x, w)"), tmp_path / "model.onnx")
+    with pytest.raises(ModelError, match="no input takes token ids"):
+        Decoder(tmp_path)
