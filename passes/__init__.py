@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
+from onnx_tricks.passes.cancel_norm import CancelNorm
+from onnx_tricks.passes.center_norm import CenterNorm
 from onnx_tricks.passes.fold_norm import FoldNorm
+from onnx_tricks.passes.precompute_first_layer import PrecomputeFirstLayer
+from onnx_tricks.passes.slim_attention import SlimAttention
 from onnx_tricks.rewrite import Pass
 
-__all__ = ["PASSES", "FoldNorm"]
+__all__ = [
+    "PASSES",
+    "CancelNorm",
+    "CenterNorm",
+    "FoldNorm",
+    "PrecomputeFirstLayer",
+    "SlimAttention",
+]
 
-PASSES: tuple[type[Pass], ...] = (FoldNorm,)
+# Centring comes first: it leaves RMSNorms with gain and bias, which folding makes plain; and a
+# table that folding has scaled for the sake of a tied head could no longer be centred. A norm is
+# cancelled without a trace once its gain has been folded. Slim attention reads key weights with the
+# gain folded in, and those of the first layer before a table takes their place.
+PASSES: tuple[type[Pass], ...] = (
+    CenterNorm,
+    FoldNorm,
+    CancelNorm,
+    SlimAttention,
+    PrecomputeFirstLayer,
+)

@@ -137,3 +137,14 @@ def test_an_interrupted_run_leaves_the_old_file(tmp_path: Path) -> None:
     assert done.returncode == 128 + signal.SIGTERM
     assert (output / "model.onnx").read_bytes() == b"old"
     assert [path.name for path in output.iterdir()] == ["model.onnx"]
+
+
+def test_a_pass_that_grows_the_file_is_enabled_by_name_within_a_limit(tmp_path: Path) -> None:
+    asked = ("optimize", "demo", tmp_path / "out", "--enable", "precompute-first-layer")
+    done = command(*asked, "--no-verify", "--max-growth", 1)
+    assert done.returncode == 0, done.stderr
+    assert "--max-growth 1 allows less" in " ".join(done.stdout.split())
+    done = command(*asked, "--no-verify", "--report", tmp_path / "report.json")
+    assert (done.returncode, done.stderr) == (0, "")
+    passes = json.loads((tmp_path / "report.json").read_text())["passes"]
+    assert {one["name"]: one["applied"] for one in passes}["precompute-first-layer"] == 1

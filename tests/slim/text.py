@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import textwrap
 from pathlib import Path
 
@@ -27,12 +28,12 @@ def source_text(index: int = 0) -> Array:
     return np.frombuffer(text[start : start + PROMPT + STEPS], dtype=np.uint8).astype(np.int64)
 
 
-def long_case(interface: Interface, *, rows: int = 2, padded: bool = True) -> Case:
-    """A prompt of 512 bytes and 256 steps; every other row padded on the left."""
+def long_case(interface: Interface) -> Case:
+    """A prompt of 512 bytes and 256 steps, in two rows; the second is padded on the left."""
+    rows = 2
     ids = np.stack([source_text(row) for row in range(rows)])
     valid = np.ones_like(ids, dtype=bool)
-    if padded:
-        valid[1::2, :100] = False
+    valid[1, :100] = False
     positions = np.maximum(np.cumsum(valid, axis=1) - 1, 0)
     steps = []
     for start, stop in [(0, PROMPT), *((p, p + 1) for p in range(PROMPT, PROMPT + STEPS))]:
@@ -47,27 +48,38 @@ def long_case(interface: Interface, *, rows: int = 2, padded: bool = True) -> Ca
     return Case("text", rows, empty_caches(interface, rows), tuple(steps))
 
 
-def errors(original: Path, slim: Path, **options: bool) -> dict[str, Finding]:
+def errors(original: Path, slim: Path) -> dict[str, Finding]:
     """The errors of both models' logits against float64, by phase ("prompt", "step")."""
-    model, result = load_model(original).model, load_model(slim).model
-    before, after = read_interface(model), read_interface(result)
-    case = long_case(before, **options)
-    wide = load_model(original).model
-    raise_to_double(wide)
-    narrow = narrower(before, after)
-    if narrow is not None:
-        narrow_caches(model, narrow)
+    result = read_interface(load_model(slim).model)
+    before = read_interface(load_model(original).model)
+    case = long_case(before)
     runs = [
-        decode(Session(wide, optimised=False), case, before.presents),
-        decode(Session(original if narrow is None else model), case, before.presents),
-        decode(Session(slim), case, after.presents, empty_caches(after, case.batch)),
+        _original(original, "wide"),
+        _original(original, narrower(before, result)),
+        _logits(Session(slim), case, result),
     ]
     tally = Tally()
-    for index, outputs in enumerate(zip(*runs, strict=True)):
-        step = outputs[0][0]
-        logits = [{"logits": values["logits"]} for _, values in outputs]
-        tally.add("text", "step" if index else "prompt", step, *logits)
+    for index, (step, *logits) in enumerate(zip(case.steps, *runs, strict=True)):
+        tally.add("text", "step" if index else "prompt", step, *({"logits": a} for a in logits))
     return {finding.phase: finding for finding in tally.findings()}
+
+
+@functools.cache
+def _original(path: Path, kind: ir.DataType | str | None) -> list[Array]:
+    """The logits of an original: in float64, with caches of another type, or as it is."""
+    model = load_model(path).model
+    interface = read_interface(model)
+    if isinstance(kind, ir.DataType):
+        narrow_caches(model, kind)
+    elif kind == "wide":
+        raise_to_double(model)
+    session = Session(model, optimised=kind != "wide")
+    return _logits(session, long_case(interface), interface)
+
+
+def _logits(session: Session, case: Case, interface: Interface) -> list[Array]:
+    caches = empty_caches(interface, case.batch)
+    return [outputs["logits"] for _, outputs in decode(session, case, interface.presents, caches)]
 
 
 def cache_type(path: Path) -> set[ir.DataType]:
