@@ -69,8 +69,8 @@ def load_runtime() -> ModuleType:
         import onnxruntime
     except ImportError as error:
         raise UsageError(
-            "Verification and precompute-first-layer run models in ONNX Runtime, which is not "
-            "installed: pip install onnx-tricks[cpu] (or onnx-tricks[gpu]), or use --no-verify."
+            "Models are run in ONNX Runtime, which is not installed: pip install onnx-tricks[cpu] "
+            "(or onnx-tricks[gpu]). To optimise without the proof, use --no-verify."
         ) from error
     module: ModuleType = onnxruntime
     return module
