@@ -52,15 +52,16 @@ def test_keys_and_a_residual_are_half_the_cache_of_the_demo_model_within_the_rul
         assert finding.after <= 2 * finding.before, str(finding)
 
 
-@pytest.mark.parametrize("cache", ["auto", "bf16"])
+@pytest.mark.parametrize(("dtype", "cache"), [("fp32", "auto"), ("fp32", "bf16"), ("fp16", "auto")])
 def test_a_lower_tolerance_comes_within_a_fifth_of_the_originals_error(
-    cache: str, tmp_path: Path
+    dtype: str, cache: str, export: Export, tmp_path: Path
 ) -> None:
+    source = DEMO if dtype == "fp32" else export("tiny-llama", "optimum", dtype) / "model.onnx"
     options = {"tolerance": 4.0, "cache_dtype": cache}
-    found = _slim(DEMO, tmp_path / "slim.onnx", verify=False, **options)
+    found = _slim(source, tmp_path / "slim.onnx", verify=False, **options)
     before, after = found["sizes"]  # type: ignore[misc]
     assert before / after >= 1.84
-    for finding in errors(DEMO, tmp_path / "slim.onnx").values():
+    for finding in errors(source, tmp_path / "slim.onnx").values():
         assert finding.after <= 1.2 * finding.before, str(finding)
 
 
@@ -179,7 +180,7 @@ def test_torch_dynamo_exports_are_slimmed_too(
         # No rotation: learned positions, ALiBi.
         *[(name, 2.0) for name in ("opt", "bloom", "mpt")],
         # Encoder and decoder: nothing is cached for the encoder.
-        *[(name, 4.0) for name in ("bart", "marian", "pegasus")],
+        *[(name, 4.0) for name in ("bart", "marian", "pegasus", "m2m_100")],
         ("t5_wide", 32.0),
     ],
 )
