@@ -61,6 +61,9 @@ def read_mean(norm: Norm | OpaqueNorm) -> MeanReader | str | None:
         inner = leak(interior(norm.output, norm.source), norm.output)
         if inner is None:
             return MeanReader(norm, norm_entries(norm))
+        if inner is not norm.source and skip_casts(inner) is norm.source:
+            # The stream goes on from behind the cast.
+            return read_mean(dataclasses.replace(norm, source=inner))
         found = [_read_difference(norm, one.value) for one in norm.core]
         reader = next((one for one in found if one is not None), None)
         return reader or f"{inner.name!r} inside it is read too"

@@ -60,9 +60,13 @@ def test_graph_and_config_come_to_the_same_verdicts(demo: Inspection) -> None:
         ours, theirs = trick(demo, name), trick(config, name)
         assert verdict(demo, ours) == verdict(config, theirs)
         for batch in (1, 16, 256):
-            # A pass for slim attention keeps a few numbers more than the paper, for precision.
+            found = demo.speedup(ours.traffic, batch)
             speedup = config.speedup(theirs.traffic, batch)
-            assert demo.speedup(ours.traffic, batch) == pytest.approx(speedup, rel=0.03)
+            if name == "slim-attention":
+                # Beside the keys the pass keeps a residual, for precision; the paper does not.
+                assert 0.9 * speedup < found < speedup
+            else:
+                assert found == pytest.approx(speedup, rel=0.03)
 
 
 def test_the_estimated_table_is_the_one_that_the_pass_makes(demo: Inspection) -> None:

@@ -252,6 +252,7 @@ EXPORTS = [
     ("gpt_neox", "optimum", "fp16", "model", 5, 0),
     ("phi", "optimum", "fp32", "model", 3, 0),
     ("bloom", "optimum", "fp32", "model", 5, 1),
+    ("cohere", "optimum", "fp32", "model", 3, 1),
     ("vit", "optimum", "fp32", "model", 5, 1),
     ("whisper", "optimum", "fp32", "encoder_model", 5, 1),
     ("whisper", "optimum", "fp32", "decoder_model_merged", 14, 2),
