@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 __all__ = ["Input", "Interface", "read_interface"]
@@ -54,6 +56,13 @@ class Interface:
     def role(self, role: str) -> tuple[Input, ...]:
         """Return the inputs that have a role."""
         return tuple(i for i in self.inputs if i.role == role)
+
+    def empty_caches(self, batch: int) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
+        """The caches before the first token, by input name."""
+        return {
+            value.name: np.zeros([batch, *(d if isinstance(d, int) else 0 for d in value.dims[1:])])
+            for value in self.role("cache")
+        }
 
 
 def read_interface(model: ir.Model) -> Interface:

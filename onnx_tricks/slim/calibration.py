@@ -54,10 +54,7 @@ def _write(
 ) -> list[Array]:
     random = np.random.default_rng(_SEED)
     rows: list[list[Array]] = [[] for _ in names]
-    caches: dict[str, Array] = {
-        v.name: np.zeros([_BATCH, *(d if isinstance(d, int) else 0 for d in v.dims[1:])])
-        for v in interface.role("cache")
-    }
+    caches: dict[str, Array] = {**interface.empty_caches(_BATCH)}
     (ids,) = interface.role("ids")
     tokens = random.integers(0, ids.limit or 2, (_BATCH, 1))
     for step in range(_STEPS):

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_tricks.graph.interface import Input, Interface
 from onnx_tricks.runtime.sessions import Array
 
-__all__ = ["Case", "Step", "empty_caches", "plans"]
+__all__ = ["Case", "Step", "plans"]
 
 # Sizes of dimensions of which only the name is known: small, and no two alike.
 _ODD_SIZES = (33, 7, 5, 11, 13, 17, 19, 23)
@@ -103,14 +103,6 @@ def plans(interface: Interface, given: Given, *, long: bool = False) -> Iterator
             if (fixed, size) not in seen:
                 seen.add((fixed, size))
                 yield tuple(_Builder(interface, given, s, size).case() for s in fixed)
-
-
-def empty_caches(interface: Interface, batch: int) -> dict[str, Array]:
-    """The caches of a model before the first token, by input name."""
-    return {
-        value.name: np.zeros([batch, *(d if isinstance(d, int) else 0 for d in value.dims[1:])])
-        for value in interface.role("cache")
-    }
 
 
 def _fix(interface: Interface, shape: _Shape) -> _Shape:

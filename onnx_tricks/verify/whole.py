@@ -16,7 +16,7 @@ from onnx_tricks.graph.load import load_model
 from onnx_tricks.operators.signature import STATE_KEY
 from onnx_tricks.runtime.sessions import Array, Session, SessionError
 from onnx_tricks.verify.decoding import decode
-from onnx_tricks.verify.inputs import Case, Step, empty_caches, plans
+from onnx_tricks.verify.inputs import Case, Step, plans
 from onnx_tricks.verify.narrow import narrow_caches, narrower
 from onnx_tricks.verify.noise import nudge_weights
 from onnx_tricks.verify.reference import CannotRaise, raise_to_double
@@ -117,7 +117,7 @@ class _Pair:
         for case in self.cases:
             caches, presents = case.caches, self._presents
             if state is not None:
-                caches, presents = empty_caches(state, case.batch), state.presents
+                caches, presents = state.empty_caches(case.batch), state.presents
             for _, outputs in decode(session, case, presents, caches):
                 yield outputs
 

@@ -13,7 +13,7 @@ from onnx_tricks.graph.interface import Interface, read_interface
 from onnx_tricks.graph.load import load_model
 from onnx_tricks.runtime.sessions import Array, Session
 from onnx_tricks.verify.decoding import decode
-from onnx_tricks.verify.inputs import Case, Step, empty_caches
+from onnx_tricks.verify.inputs import Case, Step
 from onnx_tricks.verify.narrow import narrow_caches, narrower
 from onnx_tricks.verify.reference import raise_to_double
 from onnx_tricks.verify.tally import Finding, Tally
@@ -45,7 +45,7 @@ def long_case(interface: Interface) -> Case:
         wanted = {v.name for v in interface.inputs}
         feeds = {name: array for name, array in feeds.items() if name in wanted}
         steps.append(Step(feeds, valid[:, :stop], stop - start))
-    return Case("text", rows, empty_caches(interface, rows), tuple(steps))
+    return Case("text", rows, interface.empty_caches(rows), tuple(steps))
 
 
 def errors(original: Path, slim: Path) -> dict[str, Finding]:
@@ -78,7 +78,7 @@ def _original(path: Path, kind: ir.DataType | str | None) -> list[Array]:
 
 
 def _logits(session: Session, case: Case, interface: Interface) -> list[Array]:
-    caches = empty_caches(interface, case.batch)
+    caches = interface.empty_caches(case.batch)
     return [outputs["logits"] for _, outputs in decode(session, case, interface.presents, caches)]
 
 
