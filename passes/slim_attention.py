@@ -15,10 +15,11 @@ from onnx_tricks.patterns.dry_run import DryRun
 from onnx_tricks.patterns.heads import Heads
 from onnx_tricks.rewrite import Pass, Site, Skip
 from onnx_tricks.slim.calibration import sample_inputs
+from onnx_tricks.slim.dimensions import Length
 from onnx_tricks.slim.layers import Layer, find_layers
 from onnx_tricks.slim.plan import LayerPlan, Mode, Options, needs_inputs, plan_layer
 from onnx_tricks.slim.positions import Angles
-from onnx_tricks.slim.shapes import Length, free_shapes
+from onnx_tricks.slim.shapes import free_shapes
 from onnx_tricks.slim.states import State, builder_before, replace_outputs, state_names
 from onnx_tricks.slim.write import form_of, layer_weights, write_operator
 
