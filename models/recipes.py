@@ -8,6 +8,7 @@ import importlib.metadata
 import inspect
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,9 @@ from transformers import (
 )
 
 from onnx_tricks.errors import UsageError
-from onnx_tricks.models import dynamo, experts, export, families, trained
+from onnx_tricks.models import dynamo, experts, export, families, fused, trained
 from onnx_tricks.models.quiet import quietly
+from onnx_tricks.models.tokenizers import byte_tokenizer
 
 __all__ = ["EXPORTERS", "RECIPES", "Recipe", "exported"]
 
@@ -72,10 +74,12 @@ EXPORTERS = (
     "dynamo18-cache",
     "dynamo23-cache",
     "genai",
+    "ort",
 )
 """What writes a model: ``pytorch`` saves it as it is, the others write ONNX.
 
-A number is the opset; ``-cache`` adds the key/value cache of a decoder.
+A number is the opset; ``-cache`` adds the key/value cache of a decoder. ``ort`` is Optimum's export
+after ONNX Runtime's transformers optimizer.
 """
 
 _TOOLS = ("torch", "transformers", "optimum-onnx", "onnx", "onnxscript", "onnxruntime-genai")
@@ -97,16 +101,11 @@ def exported(recipe: str, exporter: str = "optimum", dtype: str = "fp32") -> Pat
         A directory that must not be written to.
 
     Raises:
-        UsageError: An argument is unknown, trained weights are not installed, or ``genai`` is
-            asked for a recipe without a tokenizer.
+        UsageError: An argument is unknown, or trained weights are not installed.
     """
     for value, known in ((recipe, RECIPES), (exporter, EXPORTERS), (dtype, export.DTYPES)):
         if value not in known:
             raise UsageError(f"Unknown {value!r}. Choose one of: {', '.join(known)}.")
-    if exporter == "genai" and RECIPES[recipe].tokenizer is None:
-        raise UsageError(
-            f"{recipe} has no tokenizer, which the builder of onnxruntime-genai needs."
-        )
     cache = Path(os.environ.get("ONNX_TRICKS_CACHE", ".cache")).absolute()
     out = cache / f"{recipe}-{exporter}-{dtype}-{_key(RECIPES[recipe])}"
     cache.mkdir(parents=True, exist_ok=True)
@@ -129,13 +128,20 @@ def _export(name: str, exporter: str, dtype: str, out: Path) -> None:
         if recipe.tokenizer:
             recipe.tokenizer().save_pretrained(out)
         return
+    if exporter == "ort":
+        fused.export_fused(exported(name, "optimum", dtype), out)
+        return
+    if exporter == "genai":
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copytree(exported(name, "pytorch"), folder, dirs_exist_ok=True)
+            if recipe.tokenizer is None:
+                byte_tokenizer().save_pretrained(folder)
+            export.export_genai(Path(folder), out, dtype=dtype)
+        return
     if recipe.tokenizer is None:
         model = recipe.build()
     else:  # the packages that bring a tokenizer take half a minute to read, so read them once
         source = exported(name, "pytorch")
-        if exporter == "genai":
-            export.export_genai(source, out, dtype=dtype)
-            return
         AutoTokenizer.from_pretrained(source).save_pretrained(out)
         model = AutoModelForCausalLM.from_pretrained(source)
     if exporter == "optimum":

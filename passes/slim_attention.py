@@ -17,8 +17,9 @@ from onnx_tricks.rewrite import Pass, Site, Skip
 from onnx_tricks.slim.calibration import sample_inputs
 from onnx_tricks.slim.dimensions import Length
 from onnx_tricks.slim.layers import Layer, find_layers
+from onnx_tricks.slim.masks import Masks
 from onnx_tricks.slim.plan import LayerPlan, Mode, Options, needs_inputs, plan_layer
-from onnx_tricks.slim.positions import Angles
+from onnx_tricks.slim.positions import Angles, find_mask
 from onnx_tricks.slim.shapes import free_shapes
 from onnx_tricks.slim.states import State, builder_before, replace_outputs, state_names
 from onnx_tricks.slim.write import form_of, layer_weights, write_operator
@@ -111,13 +112,14 @@ class SlimAttention(Pass):
             else:
                 layers.append(layer)
         inputs = self._inputs(model, [one for one in layers if needs_inputs(one, options)])
+        mask = find_mask(model)
         for layer in layers:
-            plan = plan_layer(layer, options, inputs.get(layer))
+            plan = plan_layer(layer, options, inputs.get(layer), mask)
             if isinstance(plan, Skip):
                 yield plan
             else:
                 plans.append(plan)
-        plans = _with_residuals(plans, options, inputs)
+        plans = _with_residuals(plans, options, inputs, mask)
         if plans:
             label = plans[0].layer.label
             yield SlimSite(label, count=len(plans), plans=tuple(plans), forms=form_of(plans, opset))
@@ -141,6 +143,7 @@ class SlimAttention(Pass):
         assert isinstance(site, SlimSite)
         run = DryRun(model)
         angles = Angles(model, run, keep=self.positions == "state")
+        masks = Masks(model)
         changes: dict[str, list[State]] = {}
         gone: dict[ir.Value, list[Length]] = {}
         for plan in site.plans:
@@ -152,7 +155,7 @@ class SlimAttention(Pass):
             for view in plan.layer.views:
                 graph = view.node.graph
                 assert isinstance(graph, ir.Graph)
-                written = write_operator(model, plan, view, form, weights, past, angles)
+                written = write_operator(model, plan, view, form, weights, past, angles, masks)
                 for name, value in written.items():
                     leaving.setdefault(name, {})[graph] = value
             changes |= _leave(plan, leaving)
@@ -171,7 +174,10 @@ class SlimAttention(Pass):
 
 
 def _with_residuals(
-    plans: list[LayerPlan], options: Options, inputs: Mapping[Layer, Any]
+    plans: list[LayerPlan],
+    options: Options,
+    inputs: Mapping[Layer, Any],
+    mask: ir.Value | None,
 ) -> list[LayerPlan]:
     """Let all layers with cached keys keep a residual if one does: they share an operator."""
     ranks = [plan.rank for plan in plans if plan.rank]
@@ -179,7 +185,7 @@ def _with_residuals(
         return plans
     least = dataclasses.replace(options, rank=min(ranks))
     planned = [
-        plan_layer(plan.layer, least, inputs.get(plan.layer))
+        plan_layer(plan.layer, least, inputs.get(plan.layer), mask)
         if plan.operator == "SlimAttention" and not plan.rank
         else plan
         for plan in plans

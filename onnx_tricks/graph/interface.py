@@ -116,7 +116,9 @@ def _role(value: ir.Value) -> str:
 def _head_width(value: ir.Value) -> int | None:
     """Work out the width of a head where a cache leaves it open, as GroupQueryAttention may."""
     for node, _ in value.uses():
-        query, key = node.inputs[:2]
+        if node.op_type == "Cast":
+            return _head_width(node.outputs[0])
+        query, key = (*node.inputs, None, None)[:2]
         heads, groups = (node.attributes.get(n) for n in ("num_heads", "kv_num_heads"))
         if query is not None and query.shape is not None and heads is not None:
             width = query.shape[-1]

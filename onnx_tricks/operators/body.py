@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx_tricks.graph.build import Builder
 from onnx_tricks.operators.signature import DOMAIN, INPUTS, OUTPUTS, Form
 
-__all__ = ["operator_function"]
+__all__ = ["operator_function", "rotate"]
 
 _HALF = frozenset((ir.DataType.FLOAT16, ir.DataType.BFLOAT16))
 
@@ -39,7 +39,10 @@ def operator_function(op_type: str, form: Form) -> ir.Function:
     graph = ir.Graph(
         list(body.values.values()), results, nodes=body.nodes, opset_imports={"": form.opset}
     )
-    attributes = [ir.Attr(n, ir.AttributeType.FLOAT, None) for n in body.attributes]
+    # The last two are in the nodes for the sake of native kernels, which have no form to look at.
+    floats, ints = ["scale", *["softcap"] * form.softcap], ["interleaved", "safe"]
+    attributes = [ir.Attr(name, ir.AttributeType.FLOAT, None) for name in floats]
+    attributes += [ir.Attr(name, ir.AttributeType.INT, None) for name in ints]
     return ir.Function(DOMAIN, op_type, graph=graph, attributes=attributes)
 
 
@@ -51,7 +54,6 @@ class _Body:
         self.values = {name: ir.Value(name=name) for name in inputs}
         self.nodes: list[ir.Node] = []
         self.build = self._builder(self.nodes)
-        self.attributes = ["scale"] + ["softcap"] * form.softcap
         self._count = 0
 
     @property
@@ -226,23 +228,38 @@ def _softmax(body: _Body, scores: ir.Value) -> ir.Value:
 
 def _rotate(body: _Body, keys: ir.Value) -> ir.Value:
     """Rotate the first R channels of every key head, [B, G, S, K]."""
-    build = body.build
-    cos, sin = (build.Unsqueeze(body.widened(name), [1]) for name in ("cos", "sin"))
-    half = body.dims(cos, 3, 4)
+    cos, sin = body.widened("cos"), body.widened("sin")
+    return rotate(body.build, keys, cos, sin, interleaved=body.form.interleaved)
+
+
+def rotate(
+    build: Builder, heads: ir.Value, cos: ir.Value, sin: ir.Value, *, interleaved: bool
+) -> ir.Value:
+    """Rotate the first R channels of heads.
+
+    Args:
+        build: Makes the nodes.
+        heads: [B, N, S, K].
+        cos: [B or 1, S, R / 2], of the type of `heads`.
+        sin: Likewise.
+        interleaved: Whether neighbouring channels are rotated together, not those of two halves.
+    """
+    cos, sin = build.Unsqueeze(cos, [1]), build.Unsqueeze(sin, [1])
+    half = build.Slice(build.Shape(cos), [3], [4])
     width = build.Add(half, half)
-    rotated = build.Slice(keys, [0], width, [3])
-    if body.form.interleaved:
+    rotated = build.Slice(heads, [0], width, [3])
+    if interleaved:
         even, odd = (build.Slice(rotated, [n], width, [3], [2]) for n in (0, 1))
     else:
         even, odd = build.Slice(rotated, [0], half, [3]), build.Slice(rotated, half, width, [3])
     first = build.Sub(build.Mul(even, cos), build.Mul(odd, sin))
     second = build.Add(build.Mul(odd, cos), build.Mul(even, sin))
-    if body.form.interleaved:
+    if interleaved:
         pairs = build.Concat(build.Unsqueeze(first, [4]), build.Unsqueeze(second, [4]), axis=4)
         rotated = build.Reshape(pairs, [0, 0, 0, -1])
     else:
         rotated = build.Concat(first, second, axis=3)
-    return build.Concat(rotated, build.Slice(keys, width, body.dims(keys, 3, 4), [3]), axis=3)
+    return build.Concat(rotated, build.Slice(heads, width, [2**62], [3]), axis=3)
 
 
 def _output(body: _Body, context: ir.Value, weights: ir.Value) -> ir.Value:

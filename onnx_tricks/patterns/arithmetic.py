@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["OPERATORS", "Array", "as_known"]
+__all__ = ["OPERATORS", "Array", "as_known", "flat_heads"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _MICROSOFT = "com.microsoft"
@@ -163,6 +163,14 @@ def _einsum(node: ir.Node, *arrays: Array) -> Array:
     return np.asarray(np.einsum(node.attributes["equation"].as_string(), *arrays))
 
 
+def flat_heads(node: ir.Node, channels: int, pairs: int) -> int:
+    """The number of heads that lie side by side in what a RotaryEmbedding turns, [B, S, H K].
+
+    Without `num_heads`, ONNX Runtime's operator takes heads to be turned whole.
+    """
+    return node.attributes.get_int("num_heads", 0) or channels // (2 * pairs)
+
+
 def _rotate(
     node: ir.Node, heads: Array, cos: Array, sin: Array, positions: Array | None = None
 ) -> Array:
@@ -170,7 +178,7 @@ def _rotate(
         cos, sin = cos[positions], sin[positions]
     joined = heads.ndim == 3
     if joined:
-        count = node.attributes.get_int("num_heads", 0)
+        count = flat_heads(node, heads.shape[-1], cos.shape[-1])
         heads = heads.reshape(*heads.shape[:2], count, -1)
         cos, sin = cos[..., None, :], sin[..., None, :]
     else:

@@ -51,18 +51,18 @@ def _decomposed(tracer: Tracer, softmax: ir.Node) -> Attention | OpaqueAttention
     if isinstance(found, str):
         return OpaqueAttention(softmax, found)
     scores, product = found
-    keys = tracer.trace(product.right)
-    if isinstance(keys, str):
-        return OpaqueAttention(softmax, f"its keys cannot be traced: {keys}")
     turned = weights.product.right
-    values = tracer.trace(
-        Operand(turned.value, lambda array: np.swapaxes(turned.unpack(array), -1, -2))
-    )
-    if isinstance(values, str):
-        return OpaqueAttention(softmax, f"its values cannot be traced: {values}")
-    query = tracer.trace(product.left)
-    if isinstance(query, str):
-        return OpaqueAttention(softmax, f"its queries cannot be traced: {query}")
+    operands = {
+        "keys": product.right,
+        "values": Operand(turned.value, lambda array: np.swapaxes(turned.unpack(array), -1, -2)),
+        "queries": product.left,
+    }
+    traced = []
+    for word, heads in zip(operands, tracer.trace_together([*operands.values()]), strict=True):
+        if isinstance(heads, str):
+            return OpaqueAttention(softmax, f"its {word} cannot be traced: {heads}")
+        traced.append(heads)
+    keys, values, query = traced
     groups = _groups(tracer, product.left, product.right, query, keys)
     if groups is None:
         return OpaqueAttention(softmax, "its query heads do not read key heads one by one")

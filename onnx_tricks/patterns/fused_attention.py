@@ -66,8 +66,8 @@ def read_fused(tracer: Tracer, node: ir.Node) -> Attention | OpaqueAttention:
         return reading
     traced = []
     words = ("queries", "keys", "values")
-    for word, operand, bias in zip(words, reading.operands, reading.biases, strict=True):
-        heads = tracer.trace(operand)
+    found = tracer.trace_together(reading.operands)
+    for word, heads, bias in zip(words, found, reading.biases, strict=True):
         heads = _with_bias(heads, bias) if isinstance(heads, Heads) else heads
         if isinstance(heads, str):
             return OpaqueAttention(node, f"its {word} cannot be traced: {heads}")
@@ -164,6 +164,34 @@ def _with_cache(
     found = leaving(tracer.run, after)
     cache = Cache(source, heads.operand, after, found[1] if found else None, node, _CACHE_AXES)
     return dataclasses.replace(heads, state=after, state_axes=_CACHE_AXES, cache=cache, inside=True)
+
+
+def _with_half(tracer: Tracer, node: ir.Node, heads: Heads, half: int) -> Heads | str:
+    """Keys (0) or values (1) that the operator keeps in one tensor with the others."""
+    past, stacked = _input(node, 4), node.outputs[1] if len(node.outputs) > 1 else None
+    source = None
+    if past is not None:
+        stack = past.producer()
+        parts = stack.inputs if stack is not None and stack.op_type == "Concat" else ()
+        source = input_behind(parts[half]) if len(parts) == 2 else None
+        if source is None:
+            return "it keeps keys and values in one input of the graph"
+    taken = () if stacked is None else stacked.consumers()
+    found = next((one.outputs[0] for one in taken if _takes(one, half)), None)
+    if found is None:
+        return heads if past is None and not taken else "it keeps keys and values in one tensor"
+    left = leaving(tracer.run, found)
+    new = heads.operand
+    cache = Cache(source, new, found, left[1] if left else None, node, _CACHE_AXES)
+    return dataclasses.replace(heads, state=found, state_axes=_CACHE_AXES, cache=cache)
+
+
+def _takes(node: ir.Node, half: int) -> bool:
+    """Whether a node takes one half of what is stacked along the first axis."""
+    if node.op_type != "Gather" or node.attributes.get_int("axis", 0) != 0:
+        return False
+    index = evaluate(node.inputs[1])
+    return index is not None and index.shape == () and int(index) == half
 
 
 def _onnx(tracer: Tracer, node: ir.Node) -> _Reading | str:
@@ -296,17 +324,20 @@ def _microsoft(tracer: Tracer, node: ir.Node) -> Attention | str:
         return "its weights are not constant"
     if linear.weight.rank != 2 or linear.weight.axis != 0:
         return "its weights are arranged in a way that is not understood"
-    if _input(node, 4) is not None or _input(node, 6) is not None:
-        return "it keeps keys and values in one tensor"
+    if _input(node, 6) is not None:
+        return "it appends to a buffer of fixed length"
     if _number(node, "do_rotary", 0):
         return "it rotates without tables of cos and sin"
     width = int(linear.weight.tensor.shape.numpy()[1])
     sizes = list(node.attributes.get_ints("qkv_hidden_sizes") or (width // 3,) * 3)
     starts = [0, sizes[0], sizes[0] + sizes[1]]
-    query, keys, values = (
+    query, *others = (
         _inside(source, linear, start, heads, size // heads)
         for start, size in zip(starts, sizes, strict=True)
     )
+    keys, values = (_with_half(tracer, node, one, half) for half, one in enumerate(others))
+    if isinstance(keys, str) or isinstance(values, str):
+        return keys if isinstance(keys, str) else str(values)
     term = _input(node, 5)
     scores = Scores(
         scale=_number(node, "scale", 0.0) or query.head_width**-0.5,

@@ -8,7 +8,7 @@ becomes which channel of which head is not matched but tried: labelled numbers a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -130,24 +130,46 @@ class Tracer:
         self._norms = {norm.output: norm for norm in find_norms(model) if isinstance(norm, Norm)}
         self._projected: dict[ir.Value, bool] = {}
 
-    def trace(self, operand: Operand) -> Heads | str:
-        """Trace heads to where they come from; or say what stands in the way."""
+    def trace(self, operand: Operand, rows: Collection[ir.Value] = ()) -> Heads | str:
+        """Trace heads to where they come from; or say what stands in the way.
+
+        Args:
+            operand: What is multiplied as heads.
+            rows: Values to stop at: heads that are their channels have no layer of their own.
+        """
         path = _Path()
+        if rows:  # what has been found without them may differ
+            self._projected = dict.fromkeys(rows, True)
         try:
-            end = self._walk(operand.value, path)
+            end = self._walk(operand.value, path, rows)
             if isinstance(end, str):
                 return end
-            if isinstance(end, Linear):
+            if isinstance(end, Linear) or end in rows:
                 return self._projected_heads(operand, path, end)
             return self._given_heads(operand, path, end)
         except Unknown as unknown:
             return str(unknown)
 
-    def _walk(self, value: ir.Value, path: _Path) -> Linear | ir.Value | str:
+    def trace_together(self, operands: Sequence[Operand]) -> list[Heads | str]:
+        """Trace queries, keys and values, of which some may be what the others are made from."""
+        found = [self.trace(one) for one in operands]
+        known = [one.projection for one in found if isinstance(one, Heads)]
+        rows = {one.source for one in known if one is not None}
+        if not rows:
+            return found
+        traced = [self.trace(one, rows) for one in operands]
+        self._projected = {}
+        return traced
+
+    def _walk(
+        self, value: ir.Value, path: _Path, rows: Collection[ir.Value]
+    ) -> Linear | ir.Value | str:
         """Go back to a linear layer or an input, noting what lies on the way."""
         for _ in range(_MAX_NODES):
             if path.state is None:
                 path.views.append(value)
+            if value in rows:
+                return value
             linear = linear_behind(value)
             if linear is not None:
                 return linear
@@ -231,11 +253,17 @@ class Tracer:
             return False
         return any(one is not None and self._comes_from_a_layer(one) for one in operands)
 
-    def _projected_heads(self, operand: Operand, path: _Path, linear: Linear) -> Heads | str:
-        run, output = self.run, linear.output
-        origin = Origin(run, linear)
+    def _projected_heads(
+        self, operand: Operand, path: _Path, end: Linear | ir.Value
+    ) -> Heads | str:
+        run, linear = self.run, end if isinstance(end, Linear) else None
+        if isinstance(end, Linear):
+            output, before, maker = end.output, end.node.inputs[0], _label(end.node)
+        else:
+            output, before, maker = end, end, repr(end.name)
+        origin = Origin(run, output, before)
         if origin.source is None:
-            return f"{_label(linear.node)} reads rows of a shape that cannot be told"
+            return f"{maker} reads rows of a shape that cannot be told"
         given = {**path.given, output: origin.labels}
         if path.appended is not None:
             given[path.appended[2].outputs[0]] = path.appended[1]
@@ -243,7 +271,7 @@ class Tracer:
         batch, rows, columns = origin.decode(operand.unpack(labels))
         order, table = head_table(batch, rows, columns)
         if table is None:
-            return f"{_label(linear.node)} does not give every token heads of its own"
+            return f"{maker} does not give every token heads of its own"
         letters = Letters(origin, table)
         cache, kept = self._cache(path, letters, given)
         held = kept or path.state or self._bare(path, origin, table)
@@ -251,7 +279,7 @@ class Tracer:
         below = path.below or held
         affine = self._affine(below, output, origin, table)
         if scale is None or affine is None:
-            return f"{_label(linear.node)} makes heads that are more than scaled on their way"
+            return f"{maker} makes heads that are more than scaled on their way"
         return Heads(
             operand.value,
             letters.axes(labels),

@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from onnx_tricks.graph.constants import is_constant
 
-__all__ = ["interior", "leak"]
+__all__ = ["interior", "leads_only_to", "leak"]
 
 
 def interior(output: ir.Value, source: ir.Value) -> set[ir.Node]:
@@ -33,3 +33,16 @@ def leak(nodes: set[ir.Node], output: ir.Value) -> ir.Value | None:
             if outside and value is not output and not is_constant(value):
                 return value
     return None
+
+
+def leads_only_to(value: ir.Value, ends: set[ir.Value]) -> bool:
+    """Whether nothing is made of a value but what some others are made of."""
+    pending, seen = [value], {value, *ends}
+    while pending:
+        one = pending.pop()
+        if one.is_graph_output():
+            return False
+        for node in one.consumers():
+            pending += [output for output in node.outputs if output not in seen]
+            seen.update(node.outputs)
+    return True

@@ -10,7 +10,6 @@ import onnx_ir as ir
 from onnx_tricks.patterns.arithmetic import Array
 from onnx_tricks.patterns.axes import Axes, complete, read_axes
 from onnx_tricks.patterns.dry_run import DryRun, Unknown
-from onnx_tricks.patterns.linear import Linear
 
 __all__ = ["Letters", "Origin", "head_table"]
 
@@ -27,13 +26,21 @@ class Origin:
             found.
     """
 
-    def __init__(self, run: DryRun, linear: Linear) -> None:
-        """Label the output of a layer; raises `Unknown` where its shape is not known."""
+    def __init__(self, run: DryRun, output: ir.Value, rows: ir.Value | None) -> None:
+        """Label the output of a layer.
+
+        Args:
+            run: The dry run of the model.
+            output: The output.
+            rows: What the layer reads; the output itself where there is no layer.
+
+        Raises:
+            Unknown: A shape is not known.
+        """
         self.source: ir.Value | None = None
-        shape = run.shape(linear.output)
-        rows = linear.node.inputs[0]
+        shape = run.shape(output)
         if shape is None or rows is None:
-            raise Unknown(f"the shape of {linear.output.name!r} is unknown")
+            raise Unknown(f"the shape of {output.name!r} is unknown")
         self.labels = np.arange(np.prod(shape), dtype=np.float64).reshape(shape)
         source = rows
         for _ in range(_MAX_NODES):

@@ -9,10 +9,11 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_tricks.graph.constants import evaluate, is_constant
+from onnx_tricks.graph.shapes import dim
 from onnx_tricks.patterns.axes import Axes
 from onnx_tricks.patterns.linear import Linear, find_linear
 
-__all__ = ["Projection", "linear_behind"]
+__all__ = ["Projection", "bias_of", "linear_behind", "matrix_of"]
 
 _Matrix = np.ndarray[Any, np.dtype[np.float64]]
 _Indices = np.ndarray[Any, np.dtype[np.int64]]
@@ -25,7 +26,9 @@ class Projection:
 
     Attributes:
         source: x, [B, S, D].
-        linear: The linear layer. It may hold other projections too, packed beside this one.
+        linear: The linear layer. It may hold other projections too, packed beside this one. None
+            where the heads are the channels of x themselves, because their layer has been merged
+            into the one that writes x.
         output: The value that has exactly this projection's heads, its columns in any arrangement,
             bias included.
         axes: What the axes of `output` run over.
@@ -36,7 +39,7 @@ class Projection:
     """
 
     source: ir.Value
-    linear: Linear
+    linear: Linear | None
     output: ir.Value
     axes: Axes
     columns: _Indices
@@ -56,24 +59,21 @@ class Projection:
     @property
     def width(self) -> int:
         """D, the number of channels of `source`."""
+        if self.linear is None:
+            return dim(self.source, -1) or self.columns.size
         return int(self.linear.weight.tensor.shape.numpy()[self.linear.weight.axis])
 
     def matrix(self) -> _Matrix:
         """The weights, [D, G K] in float64, head by head."""
-        whole = _matrix(self.linear)
+        whole = np.eye(self.width) if self.linear is None else matrix_of(self.linear)
         return whole[:, self.columns.reshape(-1)].astype(np.float64) * self.scale.reshape(-1)
 
     def bias(self) -> _Matrix | None:
         """The bias, [G K] in float64, head by head; None where nothing is added."""
         total = self.shift.reshape(-1)
-        present = evaluate(self.linear.bias)
-        if present is not None:
-            beta = 1.0
-            if self.linear.bias_index is not None and self.linear.node.op_type == "Gemm":
-                beta = self.linear.node.attributes.get_float("beta", 1.0)
-            length = _matrix(self.linear).shape[1]
-            row = np.broadcast_to(present.reshape(-1), (length,))[self.columns.reshape(-1)]
-            total = total + beta * row.astype(np.float64) * self.scale.reshape(-1)
+        row = None if self.linear is None else bias_of(self.linear)
+        if row is not None:
+            total = total + row[self.columns.reshape(-1)] * self.scale.reshape(-1)
         return total if np.any(total) else None
 
 
@@ -91,6 +91,18 @@ def linear_behind(value: ir.Value) -> Linear | None:
         if isinstance(linear, Linear) and linear.output is value and _is_matrix(linear):
             return linear
     return None
+
+
+def bias_of(linear: Linear) -> _Matrix | None:
+    """The bias that a layer adds to its rows, [out] in float64; None where it adds none."""
+    present = evaluate(linear.bias)
+    if present is None:
+        return None
+    beta = 1.0
+    if linear.bias_index is not None and linear.node.op_type == "Gemm":
+        beta = linear.node.attributes.get_float("beta", 1.0)
+    row = np.broadcast_to(present.reshape(-1), (matrix_of(linear).shape[1],))
+    return beta * row.astype(np.float64)
 
 
 def _is_matrix(linear: Linear) -> bool:
@@ -111,8 +123,8 @@ def _einsum_is_plain(node: ir.Node) -> bool:
     return set(matrix) == {rows[-1], right[-1]} and rows[:-1] == right[:-1]
 
 
-def _matrix(linear: Linear) -> _Array:
-    """The weights [in, out], without a copy where they are stored so."""
+def matrix_of(linear: Linear) -> _Array:
+    """The weights [in, out] of a layer, without a copy where they are stored so."""
     array = linear.weight.read()
     node = linear.node
     if node.op_type == "Einsum":

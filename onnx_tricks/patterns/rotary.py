@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from onnx_tricks.graph.constants import is_constant
 from onnx_tricks.graph.shapes import dtype_of
-from onnx_tricks.patterns.arithmetic import Array
+from onnx_tricks.patterns.arithmetic import Array, flat_heads
 from onnx_tricks.patterns.dry_run import DryRun, Unknown
 
 __all__ = ["Rotary", "find_rotary"]
@@ -240,7 +240,21 @@ def _turn(
         return None
     if not np.array_equal(np.sort(kept, axis=None), labels.reshape(-1)):
         return None
-    return _pairs(kept, crossed - rest)
+    crossed = crossed - rest
+    heads = _flat_heads(run, value)
+    if heads is not None:
+        kept, crossed = (one.reshape(*one.shape[:-1], heads, -1) for one in (kept, crossed))
+    return _pairs(kept, crossed)
+
+
+def _flat_heads(run: DryRun, value: ir.Value) -> int | None:
+    """How many heads lie side by side in what a RotaryEmbedding operator turns, [B, S, H K]."""
+    node, shape = value.producer(), run.shape(value)
+    if node is None or node.op_type != _OPERATOR or shape is None or len(shape) != 3:
+        return None
+    tables = _operator_inputs(node)
+    width = None if tables is None else run.shape(tables[0])
+    return None if width is None else flat_heads(node, shape[-1], width[-1])
 
 
 def _pairs(kept: Array, crossed: Array) -> tuple[int, int, int, bool] | None:

@@ -42,7 +42,7 @@ def sample_inputs(model: ir.Model, values: Sequence[ir.Value]) -> list[Array] | 
     except TricksError:
         return None
     finally:
-        del model.graph.outputs[len(outputs) :]
+        model.graph.outputs[len(outputs) :] = []  # `del` would leave them marked as outputs
     return rows
 
 

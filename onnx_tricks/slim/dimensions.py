@@ -74,6 +74,8 @@ class Dimensions:
             return self._read(value)
         make = _MAKERS.get(node.op_type) if node.domain == "" else None
         dims = None if make is None else make(self, node)
+        if dims is not None and node.op_type == "Split":
+            dims = self._part(dims, node, value)
         return self._read(value) if dims is None and value not in self._doomed else dims
 
     def _read(self, value: ir.Value) -> _Dims | None:
@@ -110,8 +112,8 @@ class Dimensions:
 
     def same(self, node: ir.Node) -> _Dims | None:
         """Like its first input."""
-        assert node.inputs[0] is not None
-        return self.of(node.inputs[0])
+        dims = None if node.inputs[0] is None else self.of(node.inputs[0])
+        return None if dims is None else list(dims)
 
     def broadcast(self, node: ir.Node) -> _Dims | None:
         """The largest length along each axis."""
@@ -144,6 +146,36 @@ class Dimensions:
         if left is None or right is None or len(left) < 2 or len(right) < 2:
             return None
         return [*self._widest(left[:-2], right[:-2]), left[-2], right[-1]]
+
+    def gemm(self, node: ir.Node) -> _Dims | None:
+        """Rows of the left, columns of the right, either of them turned."""
+        found = [None if one is None else self.of(one) for one in node.inputs[:2]]
+        left, right = found
+        if left is None or right is None:
+            return None
+        turned = [node.attributes.get_int(name, 0) for name in ("transA", "transB")]
+        return [left[1 if turned[0] else 0], right[0 if turned[1] else 1]]
+
+    def gather(self, node: ir.Node) -> _Dims | None:
+        """The axes of the indices in the place of one axis."""
+        dims, indices = (None if one is None else self.of(one) for one in node.inputs)
+        if dims is None or indices is None:
+            return None
+        axis = node.attributes.get_int("axis", 0) % len(dims)
+        return [*dims[:axis], *indices, *dims[axis + 1 :]]
+
+    def _part(self, dims: _Dims, node: ir.Node, part: ir.Value) -> _Dims | None:
+        """The shape of one output of a Split."""
+        axis, place = node.attributes.get_int("axis", 0) % len(dims), part.index()
+        sizes = node.inputs[1] if len(node.inputs) > 1 else None
+        known, whole = evaluate(sizes), dims[axis]
+        if known is not None and place is not None:
+            dims[axis] = int(known[place])
+        elif sizes is None and isinstance(whole, int) and whole % len(node.outputs) == 0:
+            dims[axis] = whole // len(node.outputs)
+        else:
+            return None
+        return dims
 
     def concat(self, node: ir.Node) -> _Dims | None:
         """The sum along one axis."""
@@ -257,9 +289,12 @@ _MAKERS: dict[str, Callable[[Dimensions, ir.Node], _Dims | None]] = {
     **dict.fromkeys(_SAME, Dimensions.same),
     **dict.fromkeys(_BROADCAST, Dimensions.broadcast),
     "Concat": Dimensions.concat,
+    "Gather": Dimensions.gather,
+    "Gemm": Dimensions.gemm,
     "MatMul": Dimensions.matmul,
     "Reshape": Dimensions.reshape,
     "Slice": Dimensions.slice,
+    "Split": Dimensions.same,
     "Transpose": Dimensions.transpose,
     "Unsqueeze": Dimensions.unsqueeze,
 }

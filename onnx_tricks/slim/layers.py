@@ -60,7 +60,13 @@ def find_layers(model: ir.Model) -> Iterator[Layer | Skip]:
             yield Skip(view.node.name or view.node.op_type, view.reason)
         elif (name := _cache_name(view.keys)) is not None:
             views.setdefault(name, []).append(view)
+    branching = next((node for node in model.graph if node.op_type == "If"), None)
+    phases = 1 if branching is None else len(branching.attributes)
     for name, found in views.items():
+        if len(found) < phases and any(view.node.graph is not model.graph for view in found):
+            reason = "one phase of the decoder computes it in a way that is not understood"
+            yield Skip(found[0].node.name or name, reason)
+            continue
         value_name = next((n for v in found if (n := _cache_name(v.values))), None)
         yield Layer(
             tuple(found),

@@ -16,6 +16,8 @@ from onnx_tricks.patterns.attention import Attention
 from onnx_tricks.patterns.projection import Projection
 from onnx_tricks.rewrite import Skip
 from onnx_tricks.slim.layers import Layer
+from onnx_tricks.slim.masks import unclear_mask
+from onnx_tricks.slim.queries import has_own_product, query_weights
 
 __all__ = ["LayerPlan", "Mode", "Options", "needs_inputs", "plan_layer"]
 
@@ -93,22 +95,38 @@ class LayerPlan:
         return found
 
 
-def plan_layer(layer: Layer, options: Options, inputs: _Array | None) -> LayerPlan | Skip:
+def plan_layer(
+    layer: Layer, options: Options, inputs: _Array | None, mask: ir.Value | None = None
+) -> LayerPlan | Skip:
     """Decide what a layer caches, or why it stays as it is.
 
     Args:
         layer: The layer.
         options: What the caller decides.
         inputs: Rows [N, D] of the layer's input, to learn their mean and sizes from; or None.
+        mask: The model's attention mask, if it has one.
     """
-    reason = _obstacle(layer)
+    reason = _obstacle(layer, mask)
     if reason:
         return Skip(layer.label, reason)
+    plan = _cheapest(layer, options, inputs)
+    if isinstance(plan, Skip) or not any(has_own_product(one) for one in layer.views):
+        return plan
+    queries = query_weights(layer.view).items()
+    own = {name: spill(array.astype(plan.dtype.numpy())) for name, array in queries}
+    return dataclasses.replace(plan, weights={**plan.weights, **own})
+
+
+def _cheapest(layer: Layer, options: Options, inputs: _Array | None) -> LayerPlan | Skip:
     view = layer.view
     keys = view.keys.projection
     assert keys is not None
-    dtype = dtype_of(view.query.state)
-    assert dtype is not None
+    # Behind a fused operator the type is not inferred; a layer computes in that of its weights.
+    dtype = dtype_of(view.query.state) or next(
+        one.linear.weight.tensor.dtype
+        for one in (keys, view.values.projection)
+        if one and one.linear
+    )
     before = view.keys.heads * (view.head_width + view.value_width)
     if view.cross:
         return _keep_input(layer, "SlimCrossAttention", dtype, options, before, 0)
@@ -234,7 +252,7 @@ def _multiple(width: int) -> int:
     return 4 if width >= 128 else 1
 
 
-def _obstacle(layer: Layer) -> str:
+def _obstacle(layer: Layer, mask: ir.Value | None) -> str:
     """Why a layer cannot be rewritten, whatever is cached; empty when it can."""
     views = layer.views
     view = layer.view
@@ -244,16 +262,14 @@ def _obstacle(layer: Layer) -> str:
         return "its cache does not leave the graph as outputs of its own"
     if layer.past_key is None or layer.past_value is None:
         return "the graph makes its cache but takes none: give the folder with both phases"
-    if any(_floats(one.scores.lengths) or _floats(one.scores.padding) for one in views):
-        return "a fused operator masks by lengths"
     for one in views:
-        scores = one.scores
-        if scores.causal or scores.window is not None or scores.floor is not None:
-            return f"{one.node.op_type} masks or clips scores by itself"
+        unclear = unclear_mask(one, mask)
+        if unclear:
+            return f"{one.node.op_type} {unclear}"
         if one.keys.norm is not None and not one.cross:
             return "its keys are normalised before they are used, and cannot be undone"
         rotary = one.keys.rotary
-        if rotary is not None and (rotary.inside is not None or rotary.positions is None):
+        if rotary is not None and rotary.inside is None and rotary.positions is None:
             return "its rotation is not a function of the positions alone"
         if rotary is not None and rotary.start:
             return f"its rotation begins at channel {rotary.start} of a head, not at the first"
@@ -264,10 +280,6 @@ def _obstacle(layer: Layer) -> str:
     if view.keys.rotary is not None and view.cross:
         return "the keys of an encoder are rotated"
     return _difference(view.keys.projection, view.values.projection)
-
-
-def _floats(value: ir.Value | None) -> bool:
-    return value is not None
 
 
 def _difference(keys: Projection, values: Projection) -> str:

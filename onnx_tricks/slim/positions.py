@@ -19,7 +19,7 @@ from onnx_tricks.patterns.attention import Attention
 from onnx_tricks.patterns.dry_run import DryRun
 from onnx_tricks.patterns.rotary import Rotary
 
-__all__ = ["Angles", "all_positions", "find_mask", "repeat_on"]
+__all__ = ["Angles", "all_positions", "find_mask", "is_computed_from", "repeat_on"]
 
 _END = 2**62
 _STATE = ("past_key_values.positions", "present.positions")
@@ -125,18 +125,22 @@ class Angles:
         roots = _root(rotary.cos), _root(rotary.sin)
         key = (*roots, view.node.graph)
         if key not in self._made:
-            positions = self._positions(build, rotary, past)
+            positions = self._positions(build, view, past)
             self._made[key] = {
                 name: self._angles(build, rotary, root, positions, dtype)
                 for name, root in zip(("cos", "sin"), roots, strict=True)
             }
         return self._made[key]
 
-    def _positions(self, build: Builder, rotary: Rotary, past: ir.Value) -> ir.Value:
+    def _positions(self, build: Builder, view: Attention, past: ir.Value) -> ir.Value:
         """Positions of all keys, in the form of those that the exporter has for new tokens."""
+        rotary, mask = view.keys.rotary, find_mask(self._model)
+        assert rotary is not None
         given = rotary.positions
-        assert given is not None
-        mask = find_mask(self._model)
+        if given is None:
+            # The operator counts by itself: along the mask, or all tokens.
+            total = self._length(build, view.query.operand, 1, past)
+            return all_positions(build, None if view.scores.lengths is None else mask, total)
         counted = _follows(given, mask)
         if counted and self._keep:
             return build.Cast(self._remembered(build, given), to=dtype_of(given))
@@ -144,13 +148,17 @@ class Angles:
             counted = False
         length = None
         if not counted:
-            new = build.Slice(build.Shape(given), [-1], [_END])
-            total = build.Add(build.Slice(build.Shape(past), [2], [3]), new)
-            length = build.Squeeze(total, [0])
+            rank = rank_of(given)
+            length = self._length(build, given, (rank or 1) - 1, past)
         positions = all_positions(build, mask if counted else None, length)
         if rank_of(given) == 1:
             positions = build.Squeeze(positions, [0])
         return build.Cast(positions, to=dtype_of(given) or ir.DataType.INT64)
+
+    def _length(self, build: Builder, new: ir.Value, axis: int, past: ir.Value) -> ir.Value:
+        """S as a scalar, where an axis of a value has the new tokens."""
+        tokens = build.Slice(build.Shape(new), [axis], [axis + 1])
+        return build.Squeeze(build.Add(build.Slice(build.Shape(past), [2], [3]), tokens), [0])
 
     def _remembered(self, build: Builder, given: ir.Value) -> ir.Value:
         """Positions of all keys, from a state that new ones are appended to."""
@@ -182,16 +190,17 @@ class Angles:
         positions: ir.Value,
         dtype: ir.DataType,
     ) -> ir.Value:
-        assert rotary.positions is not None
         if is_constant(root):
             angles, width = build.Gather(root, positions), dim(root, -1)
         else:
+            assert rotary.positions is not None
             (angles,) = repeat_on(build, [root], rotary.positions, positions)
             shape = self._run.shape(root) or ()
             width = shape[-1] if shape else None
             if len(shape) == 4:  # one for all heads
                 angles = build.Squeeze(angles, [shape.index(1, 1)])
-        if rank_of(root) == 2 and rank_of(rotary.positions) == 1:
+        given = rotary.positions
+        if given is not None and rank_of(root) == 2 and rank_of(given) == 1:
             angles = build.Unsqueeze(angles, [0])
         if width == rotary.width and rotary.interleaved:
             angles = build.Slice(angles, [0], [_END], [-1], [2])
@@ -210,13 +219,23 @@ def _root(value: ir.Value) -> ir.Value:
 
 def _follows(positions: ir.Value, mask: ir.Value | None) -> bool:
     """Whether positions are the caller's, or counted along the mask; else they are a range."""
-    pending, seen = [positions], {positions}
+    return any(
+        value is mask or (value.is_graph_input() and "position" in (value.name or ""))
+        for value in _sources(positions)
+    )
+
+
+def is_computed_from(value: ir.Value, source: ir.Value) -> bool:
+    """Whether a value depends on the numbers, and not the shape alone, of another."""
+    return source in _sources(value)
+
+
+def _sources(value: ir.Value) -> set[ir.Value]:
+    """Everything whose numbers a value depends on."""
+    pending, seen = [value], {value}
     while pending:
-        value = pending.pop()
-        if value is mask or (value.is_graph_input() and "position" in (value.name or "")):
-            return True
-        node = value.producer()
+        node = pending.pop().producer()
         if node is not None and node.op_type != "Shape":
             pending += [v for v in node.inputs if v is not None and v not in seen]
             seen.update(v for v in node.inputs if v is not None)
-    return False
+    return seen

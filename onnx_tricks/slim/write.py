@@ -14,10 +14,11 @@ from onnx_tricks.graph.edit import add_constant
 from onnx_tricks.graph.shapes import dtype_of, rank_of
 from onnx_tricks.operators.signature import DOMAIN, INPUTS, OUTPUTS, Form
 from onnx_tricks.patterns.attention import Attention
-from onnx_tricks.patterns.axes import Axes
 from onnx_tricks.patterns.scores import Bias, Mask
+from onnx_tricks.slim.masks import Masks, masks_inside
 from onnx_tricks.slim.plan import LayerPlan
 from onnx_tricks.slim.positions import Angles
+from onnx_tricks.slim.queries import write_query
 from onnx_tricks.slim.states import builder_before
 
 __all__ = ["form_of", "layer_weights", "write_operator"]
@@ -39,7 +40,7 @@ def _common(operator: str, plans: list[LayerPlan], opset: int) -> Form:
         "sin": rotary is not None,
         "residual": any(plan.rank for plan in plans),
         "past_residual": any(plan.rank for plan in plans),
-        "bias": any(view.scores.terms for view in views),
+        "bias": any(view.scores.terms or masks_inside(view) for view in views),
         **{
             name: any(name in plan.weights and _counts(plan.weights[name]) for plan in plans)
             for name in ("key_bias", "value_bias")
@@ -63,7 +64,7 @@ def _counts(tensor: ir.TensorProtocol) -> bool:
 
 def layer_weights(model: ir.Model, plan: LayerPlan, form: Form) -> dict[str, ir.Value]:
     """Register the weights of a layer; those without effect are left out."""
-    wanted = {*form.inputs, "projection"}
+    wanted = {*form.inputs, "projection", "query", "query_bias"}
     if "center" in plan.weights and _counts(plan.weights["center"]):
         wanted.add("center")
     return {
@@ -81,6 +82,7 @@ def write_operator(
     weights: Mapping[str, ir.Value],
     states: Mapping[str, ir.Value],
     angles: Angles,
+    masks: Masks,
 ) -> dict[str, ir.Value]:
     """Write the operator for one view of a layer, and let it take the place of its output.
 
@@ -92,6 +94,7 @@ def write_operator(
         weights: From `layer_weights`.
         states: The inputs that carry states, by the operator's names, such as `past_key`.
         angles: Gives rotation angles for all keys.
+        masks: Gives what a fused operator masks by itself.
 
     Returns:
         The states that leave, by the operator's names, such as `present_key`.
@@ -100,26 +103,23 @@ def write_operator(
     anchor = view.merged.producer()
     assert anchor is not None
     build = builder_before(model, anchor, f"{plan.layer.label}/slim")
-    given: dict[str, ir.Value | None] = {**weights, **states}
-    query = _heads_first(build, view.query.state, view.query.state_axes, view.heads)
-    given["query"] = query
+    turns = angles.of(build, view, plan.dtype, states["past_key"]) if "cos" in form.inputs else {}
+    query = write_query(build, view, weights, turns)
+    given: dict[str, ir.Value | None] = {**weights, **states, **turns, "query": query}
     if "bias" in form.inputs:
-        given["bias"] = _bias(build, view, plan.dtype)
+        given["bias"] = _bias(build, view, plan.dtype, masks.of(build, view, query, states))
     if plan.operator == "SlimAttention":
         given |= _project(build, plan, view, weights, query)
-        if "cos" in form.inputs:
-            given |= angles.of(build, view, plan.dtype, states["past_key"])
     else:
         source = plan.layer.view.keys.projection
         own = view.keys.projection or source
         assert own is not None
         given["hidden"] = own.source
-        if rank_of(own.source) == 2:
-            sizes = _tokens(build, query)
-            given["hidden"] = build.Reshape(own.source, build.Concat(*sizes, [-1], axis=0))
     attributes = [ir.AttrFloat32("scale", _scale(view))]
     if form.softcap:
         attributes.append(ir.AttrFloat32("softcap", view.scores.softcap or 0.0))
+    attributes.append(ir.AttrInt64("interleaved", int(form.interleaved)))
+    attributes.append(ir.AttrInt64("safe", int(form.safe)))
     count = len(OUTPUTS[plan.operator])
     if "residual" not in form.inputs and plan.operator == "SlimAttention":
         count -= 1
@@ -174,37 +174,11 @@ def _tokens(build: Builder, query: ir.Value) -> list[ir.Value]:
     return [build.Slice(build.Shape(query), [axis], [axis + 1]) for axis in (0, 2)]
 
 
-def _heads_first(build: Builder, value: ir.Value, axes: Axes, heads: int) -> ir.Value:
-    """Heads in whatever arrangement as [B, H, T, K]."""
-    letters = "".join(axes)
-    if sorted(letters) != sorted("bhsk"):
-        raise NotImplementedError(f"heads arranged as {axes}")
-    if any(len(one) != 1 for one in axes):
-        # An axis that runs over several things is split where its inner length is known.
-        lengths: list[ir.Value] = []
-        shape = build.Shape(value)
-        for place, one in enumerate(axes):
-            length = build.Slice(shape, [place], [place + 1])
-            if len(one) < 2:
-                lengths.append(length)
-            elif one == "bh":
-                lengths += [build.Div(length, [heads]), build.Identity(_vector(build, heads))]
-            elif one == "hk":
-                lengths += [build.Identity(_vector(build, heads)), build.Div(length, [heads])]
-            else:
-                raise NotImplementedError(f"heads arranged as {axes}")
-        value = build.Reshape(value, build.Concat(*lengths, axis=0))
-    perm = [letters.index(letter) for letter in "bhsk"]
-    return value if perm == [0, 1, 2, 3] else build.Transpose(value, perm=perm)
-
-
-def _vector(build: Builder, number: int) -> ir.Value:
-    return build.Constant(value_ints=[number])
-
-
-def _bias(build: Builder, view: Attention, dtype: ir.DataType) -> ir.Value:
+def _bias(
+    build: Builder, view: Attention, dtype: ir.DataType, visible: ir.Value | None
+) -> ir.Value:
     """Everything that is added to the scores as one term, [B, H, T, S] or broadcast to it."""
-    total: ir.Value | None = None
+    total = None if visible is None else _visible(build, visible, dtype, safe=view.safe)
     for term in view.scores.terms:
         if isinstance(term, Mask):
             total = _masked(build, term, total, view.heads, dtype)
