@@ -27,10 +27,11 @@ MAY_IMPORT = {
     "operators": {"graph"},
     "runtime": {"errors", "graph"},
     "slim": {"errors", "graph", "latent", "operators", "patterns", "rewrite", "runtime"},
+    "skipless": {"graph", "latent", "patterns", "weights"},
     "verify": {"errors", "graph", "operators", "rewrite", "runtime"},
     "passes": {
         *("errors", "graph", "latent", "operators", "patterns"),
-        *("rewrite", "runtime", "slim", "weights"),
+        *("rewrite", "runtime", "skipless", "slim", "weights"),
     },
     "models": {"errors", "graph", "patterns", "rewrite", "weights"},
     "report": {"errors", "graph", "rewrite", "verify"},
@@ -40,6 +41,8 @@ MAY_IMPORT = {
     },
     "inspect": {"errors", "graph", "models", "optimizer", "passes", "rewrite"},
     "export": {"errors", "models", "optimizer", "rewrite", "runtime"},
+    "bench": {"errors", "graph", "models", "runtime", "verify"},
+    "terminal": {"errors", "passes", "rewrite"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 MAY_IMPORT["__init__"] = set(MAY_IMPORT)

@@ -49,7 +49,16 @@ def test_a_pass_is_reported_as_optimize_reports_it(demo: Inspection) -> None:
 def test_a_trick_without_a_pass_is_an_estimate(demo: Inspection) -> None:
     tried = {one.name for one in PASSES}
     assert {one.name for one in demo.tricks if one.basis == "pass"} == tried
-    assert trick(demo, "merge-skipless").basis == "estimate"
+    assert trick(demo, "shrink-weights").basis == "estimate"
+
+
+def test_a_pass_that_does_not_apply_tells_what_it_would_do_in_a_model_that_qualified(
+    demo: Inspection,
+) -> None:
+    found = trick(demo, "merge-skipless")
+    assert (found.basis, found.applies) == ("pass", False)
+    assert found.otherwise is not None
+    assert found.otherwise.removed == 4 * 2 * 192**2
 
 
 def test_graph_and_config_come_to_the_same_verdicts(demo: Inspection) -> None:

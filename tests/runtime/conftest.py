@@ -19,12 +19,12 @@ Slim = Callable[..., tuple[Path, Path]]
 @pytest.fixture(scope="session")
 def slim(export: Export, tmp_path_factory: pytest.TempPathFactory) -> Slim:
     """The function `slim("mgm")`: the folder as Optimum exported it, and its slim counterpart."""
-    made: dict[tuple[str, str], tuple[Path, Path]] = {}
+    made: dict[tuple[str, str, str], tuple[Path, Path]] = {}
 
-    def make(name: str, cache_dtype: str = "auto") -> tuple[Path, Path]:
-        key = name, cache_dtype
+    def make(name: str, cache_dtype: str = "auto", dtype: str = "fp32") -> tuple[Path, Path]:
+        key = name, cache_dtype, dtype
         if key not in made:
-            source = demo_path() if name == "demo" else export(name)
+            source = demo_path() if name == "demo" else export(name, "optimum", dtype)
             passes = [FoldNorm(), SlimAttention(rank=32, cache_dtype=cache_dtype)]
             target = tmp_path_factory.mktemp("slim") / name
             optimize(source, target, passes=passes, verify=False)

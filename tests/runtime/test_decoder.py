@@ -10,6 +10,7 @@ import pytest
 
 from onnx_tricks.errors import ModelError, UsageError
 from onnx_tricks.runtime import Decoder
+from onnx_tricks.runtime.sessions import read_value
 from tests import toys
 from tests.conftest import Export
 from tests.runtime.conftest import Slim
@@ -64,6 +65,45 @@ def test_an_exported_decoder_with_cross_caches_runs_too(export: Export) -> None:
     first = decoder.step(tokens[:, :4], **given)
     steps = [decoder.step(tokens[:, [at]]) for at in (4, 5)]
     np.testing.assert_allclose(np.concatenate([first, *steps], axis=1), whole, atol=1e-5)
+
+
+def test_a_prompt_in_one_file_and_steps_in_another_compute_the_same(
+    export: Export, tmp_path: Path
+) -> None:
+    merged = export("t5")
+    for name in ("decoder_model.onnx", "decoder_with_past_model.onnx"):
+        (tmp_path / name).symlink_to(merged / name)
+    random = np.random.default_rng(0)
+    given = {
+        "encoder_hidden_states": random.standard_normal((2, 9, 48)),
+        "encoder_attention_mask": np.ones((2, 9)),
+    }
+    tokens = random.integers(0, 97, (2, 6))
+    one, two = Decoder(merged), Decoder(tmp_path)
+    for part in np.split(tokens, [4, 5], axis=1):
+        expected, found = (decoder.step(part, **given) for decoder in (one, two))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    assert two.length == tokens.shape[1]
+
+
+def test_a_fork_goes_on_by_itself(slim: Slim) -> None:
+    decoder = Decoder(slim("demo")[1])
+    decoder.step(TEXT[:, :9])
+    fork = decoder.fork()
+    expected = fork.step(TEXT[:, 9:])
+    assert (decoder.length, fork.length) == (9, TEXT.shape[1])
+    np.testing.assert_array_equal(decoder.step(TEXT[:, 9:]), expected)
+
+
+@pytest.mark.parametrize("cache_dtype", ["auto", "bf16"])
+def test_given_caches_stand_in_for_a_prompt(cache_dtype: str, slim: Slim) -> None:
+    decoder = Decoder(slim("demo", cache_dtype)[1])
+    decoder.step(TEXT[:, :9])
+    caches = {name: read_value(value) for name, value in decoder._caches.items()}
+    expected = decoder.step(TEXT[:, 9:])
+    decoder.resume(caches, np.ones((1, 9)))
+    np.testing.assert_array_equal(decoder.step(TEXT[:, 9:]), expected)
+    assert decoder.seconds > 0
 
 
 def test_what_is_missing_unknown_or_misshapen_is_named(export: Export, slim: Slim) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -48,14 +49,16 @@ def long_case(interface: Interface) -> Case:
     return Case("text", rows, interface.empty_caches(rows), tuple(steps))
 
 
-def errors(original: Path, slim: Path) -> dict[str, Finding]:
+def errors(
+    original: Path, slim: Path, make_case: Callable[[Interface], Case] = long_case
+) -> dict[str, Finding]:
     """The errors of both models' logits against float64, by phase ("prompt", "step")."""
     result = read_interface(load_model(slim).model)
     before = read_interface(load_model(original).model)
-    case = long_case(before)
+    case = make_case(before)
     runs = [
-        _original(original, "wide"),
-        _original(original, narrower(before, result)),
+        _original(original, "wide", make_case),
+        _original(original, narrower(before, result), make_case),
         _logits(Session(slim), case, result),
     ]
     tally = Tally()
@@ -65,7 +68,9 @@ def errors(original: Path, slim: Path) -> dict[str, Finding]:
 
 
 @functools.cache
-def _original(path: Path, kind: ir.DataType | str | None) -> list[Array]:
+def _original(
+    path: Path, kind: ir.DataType | str | None, make_case: Callable[[Interface], Case]
+) -> list[Array]:
     """The logits of an original: in float64, with caches of another type, or as it is."""
     model = load_model(path).model
     interface = read_interface(model)
@@ -74,7 +79,7 @@ def _original(path: Path, kind: ir.DataType | str | None) -> list[Array]:
     elif kind == "wide":
         raise_to_double(model)
     session = Session(model, optimised=kind != "wide")
-    return _logits(session, long_case(interface), interface)
+    return _logits(session, make_case(interface), interface)
 
 
 def _logits(session: Session, case: Case, interface: Interface) -> list[Array]:
