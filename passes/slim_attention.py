@@ -81,6 +81,8 @@ class SlimAttention(Pass):
             state, for callers that choose positions themselves.
         calibrate: Whether the model may write some text first, to learn what its keys look like:
             the same error from about half the rank.
+        encoder_dtype: Type in which an encoder's states enter, "auto" for that of the model. They
+            stand for the keys and values of all layers, which feel their rounding at once.
     """
 
     name: ClassVar[str] = "slim-attention"
@@ -94,6 +96,7 @@ class SlimAttention(Pass):
     cache_dtype: CacheType = "auto"
     positions: Positions = "mask"
     calibrate: bool = True
+    encoder_dtype: CacheType = "auto"
 
     def sites(self, model: ir.Model) -> Iterator[Site | Skip]:
         """Yield the layers that can cache less, as one site, and why the others cannot."""
@@ -101,8 +104,8 @@ class SlimAttention(Pass):
             return
         opset = model.opset_imports.get("", 1)
         plans: list[LayerPlan] = []
-        cache = _CACHE_TYPES.get(self.cache_dtype)
-        options = Options(self.mode, self.tolerance, self.rank, cache)
+        cache, encoder = (_CACHE_TYPES.get(one) for one in (self.cache_dtype, self.encoder_dtype))
+        options = Options(self.mode, self.tolerance, self.rank, cache, encoder)
         layers: list[Layer] = []
         for layer in find_layers(model):
             if isinstance(layer, Skip):
@@ -160,6 +163,9 @@ class SlimAttention(Pass):
                     leaving.setdefault(name, {})[graph] = value
             changes |= _leave(plan, leaving)
         replace_outputs(model, changes)
+        for plan in site.plans:
+            if plan.operator == "SlimCrossAttention":
+                _narrow_source(model, plan)
         angles.declare()
         free_shapes(model, gone, run)
         for value in gone:
@@ -284,6 +290,25 @@ def _leave(plan: LayerPlan, leaving: dict[str, dict[ir.Graph, ir.Value]]) -> dic
             )
         )
     return {old.name or "": states, layer.present_value.name or "": []}
+
+
+def _narrow_source(model: ir.Model, plan: LayerPlan) -> None:
+    """Let an encoder's states enter in the type in which they are cached."""
+    assert plan.layer.view.keys.projection is not None
+    source = plan.layer.view.keys.projection.source
+    if source.dtype == plan.cache:
+        return
+    others = [
+        (node, index)
+        for node, index in source.uses()
+        if node.op_type not in ("Shape", "SlimCrossAttention")
+    ]
+    if others:
+        build = builder_before(model, model.graph[0], source.name or "encoder")
+        wide = build.Cast(source, to=source.dtype or plan.dtype)
+        for node, index in others:
+            node.replace_input_with(index, wide)
+    source.type = ir.TensorType(plan.cache)
 
 
 def _choose_phase(model: ir.Model) -> None:

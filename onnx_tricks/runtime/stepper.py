@@ -45,6 +45,7 @@ class Stepper:
                 raise ModelError(f"{path}: no output continues the cache {state.name}")
         self._logits = session.get_outputs()[0].name
         self.has_states = bool(self._states)
+        self._last: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(
         self,
@@ -73,11 +74,11 @@ class Stepper:
         """
         caches = self._caches(past, ids, device)
         given = {name: tensor for name, tensor in feeds.items() if tensor is not None}
-        values = [self._feed(one, ids, caches, given).to(device) for one in self._inputs]
+        values = [self._feed(one, ids, caches, given) for one in self._inputs]
         binding = self._session.io_binding()
         held = []
         for like, value in zip(self._inputs, values, strict=True):
-            held.append(value.to(_dtype(like)).contiguous())
+            held.append(self._converted(like, value, device))
             _bind(binding.bind_input, like.name, like, held[-1])
         binding.bind_output(self._logits, "cpu")
         presents = {}
@@ -91,6 +92,15 @@ class Stepper:
         binding.synchronize_outputs()
         logits = torch.from_numpy(read_value(binding.get_outputs()[0])).to(device)
         return logits, self._by_layer(presents) if keep else None
+
+    def _converted(self, like: Input, value: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """A value in the type and place of an input; what comes again is not converted again."""
+        before, after = self._last.get(like.name, (None, None))
+        if after is None or before is not value or after.device != device:
+            after = value.to(device, _dtype(like)).contiguous()
+            if like.role == "other":  # the states of an encoder, the same in every step
+                self._last[like.name] = value, after
+        return after
 
     def _caches(
         self, past: States | None, ids: torch.Tensor, device: torch.device

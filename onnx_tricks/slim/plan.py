@@ -35,12 +35,14 @@ class Options:
             error of rounding the values themselves.
         rank: Numbers of residual beside each key, whatever the error; None to choose.
         cache: Type of the cached states; None for that of the model.
+        encoder: Type in which an encoder's states enter; None for that of the model.
     """
 
     mode: Mode
     tolerance: float
     rank: int | None
     cache: ir.DataType | None
+    encoder: ir.DataType | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -164,7 +166,7 @@ def _keep_input(
         "value_bias": _by_head(np.zeros(values.columns.size) if bias is None else bias, view),
     }
     weights = {name: spill(array.astype(dtype.numpy())) for name, array in arrays.items()}
-    cache = options.cache or dtype
+    cache = (options.encoder if view.cross else options.cache) or dtype
     return LayerPlan(layer, operator, dtype, cache, before, after, weights)
 
 

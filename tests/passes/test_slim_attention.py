@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 
 from onnx_tricks.errors import ParityError
+from onnx_tricks.graph.interface import read_interface
 from onnx_tricks.graph.load import load_model
 from onnx_tricks.graph.save import save_model
 from onnx_tricks.graph.shapes import annotate
@@ -19,9 +20,11 @@ from onnx_tricks.models import demo_path
 from onnx_tricks.operators.signature import STATE_KEY
 from onnx_tricks.optimizer import optimize
 from onnx_tricks.passes import FoldNorm, PrecomputeFirstLayer, SlimAttention
+from onnx_tricks.patterns.projection import Projection
 from onnx_tricks.rewrite import Site, Skip
+from onnx_tricks.runtime.sessions import Session
 from onnx_tricks.slim.layers import Layer, find_layers
-from tests.slim.text import cache_type, errors
+from tests.slim.text import cache_type, errors, long_case
 
 Export = Callable[..., Path]
 DEMO = demo_path() / "model.onnx"
@@ -75,6 +78,34 @@ def test_a_half_precision_model_keeps_its_error_with_half_the_cache(
     assert cache_type(tmp_path / "slim.onnx") == {ir.DataType.FLOAT16}
     for finding in errors(source, tmp_path / "slim.onnx").values():
         assert finding.after <= 2 * finding.before, str(finding)
+
+
+def test_large_keys_and_masked_rows_bring_no_nan_in_half_precision(
+    export: Export, tmp_path: Path
+) -> None:
+    model = load_model(export("tiny-llama", "optimum", "fp16") / "model.onnx").model
+    # One pair of channels near the end of the range; the scores stay what they are.
+    for kind, factor in (("keys", 2.0**13), ("query", 2.0**-13)):
+        heads = getattr(_layer(model).view, kind)
+        for channel in (0, 16):
+            _scale_column(heads.projection, heads.projection.columns[0, channel], factor)
+    save_model(model, tmp_path / "large.onnx")
+    keys = Session(tmp_path / "large.onnx")
+    case = long_case(read_interface(load_model(tmp_path / "large.onnx").model))
+    caches = {**case.caches, **case.steps[0].feeds}
+    assert np.abs(keys.run(caches)["present.0.key"]).max() > 8192
+    _slim(tmp_path / "large.onnx", tmp_path / "slim.onnx", verify=False)
+    for finding in errors(tmp_path / "large.onnx", tmp_path / "slim.onnx").values():
+        assert finding.after <= 2 * finding.before, str(finding)
+
+
+def _scale_column(projection: Projection, column: int, factor: float) -> None:
+    assert projection.linear is not None
+    stored = projection.linear.weight.stored
+    assert stored.const_value is not None
+    array = stored.const_value.numpy().copy()
+    array[:, column] *= factor
+    stored.const_value = ir.Tensor(array, name=stored.name)
 
 
 def test_the_plain_inverse_is_worse_by_orders_of_magnitude_and_verification_notices(
