@@ -10,7 +10,15 @@ from onnx_tricks.errors import ModelError, ParityError, PassError, TricksError, 
 from onnx_tricks.export import export
 from onnx_tricks.inspect import Inspection, inspect
 from onnx_tricks.optimizer import Optimized, optimize
-from onnx_tricks.passes import PASSES, CancelNorm, CenterNorm, FoldNorm, PrecomputeFirstLayer
+from onnx_tricks.passes import (
+    PASSES,
+    CancelNorm,
+    CenterNorm,
+    DeferNorm,
+    FoldNorm,
+    MergeSkipless,
+    PrecomputeFirstLayer,
+)
 from onnx_tricks.report import PassReport, Report
 from onnx_tricks.rewrite import Pass, Site, Skip
 from onnx_tricks.verify import Verification, verify
@@ -19,8 +27,10 @@ __all__ = [
     "PASSES",
     "CancelNorm",
     "CenterNorm",
+    "DeferNorm",
     "FoldNorm",
     "Inspection",
+    "MergeSkipless",
     "ModelError",
     "Optimized",
     "ParityError",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +17,7 @@ import onnx_ir as ir
 from onnx_tricks.errors import ModelError, UsageError
 from onnx_tricks.graph.interface import Input, read_interface
 from onnx_tricks.graph.load import load_model
+from onnx_tricks.graph.phases import MERGED, PROMPT, STEP
 from onnx_tricks.runtime.rows import RowPicker
 from onnx_tricks.runtime.sessions import (
     Array,
@@ -23,10 +27,10 @@ from onnx_tricks.runtime.sessions import (
     session_options,
 )
 
-__all__ = ["Decoder"]
+__all__ = ["Decoder", "find_decoder"]
 
 Tokens = npt.NDArray[np.int64]
-_FILES = ("model.onnx", "decoder_model_merged.onnx", "decoder_model.onnx")
+_FILES = (("model.onnx",), (MERGED,), (PROMPT, STEP), (PROMPT,))
 _ENCODER_MASK = "encoder_attention_mask"
 
 
@@ -37,12 +41,14 @@ class Decoder:
     step are bound as inputs of the next.
 
     Args:
-        model: The .onnx file, or a folder with a model.onnx or decoder_model.onnx.
+        model: The .onnx file; or a folder with a model.onnx, a decoder_model_merged.onnx, or a
+            decoder_model.onnx, which a decoder_with_past_model.onnx may follow in the steps.
         providers: ONNX Runtime's execution providers; the first that is available is used.
         options: ONNX Runtime's session options; None for those of `session_options`.
 
     Attributes:
         length: Number of tokens in the caches.
+        seconds: How long ONNX Runtime took for the last step, making its outputs included.
 
     Raises:
         ModelError: The model is broken, or no decoder.
@@ -58,20 +64,13 @@ class Decoder:
         options: Any = None,
     ) -> None:
         self._runtime = load_runtime()
-        path = _find(Path(model))
-        interface = read_interface(load_model(path).model)
-        if not interface.role("ids"):
-            raise ModelError(f"{path}: no input takes token ids, so it is no decoder")
-        self._ids = interface.role("ids")[0].name
-        self._inputs = {one.name: one for one in interface.inputs}
-        self._presents = interface.presents
-        with running():
-            self._session = self._runtime.InferenceSession(
-                os.fspath(path), options or session_options(), providers=list(providers)
-            )
-        self._outputs = [output.name for output in self._session.get_outputs()]
-        provider = self._session.get_providers()[0]
-        settings = self._session.get_provider_options()[provider]
+        self._phases = _open(
+            find_decoder(Path(model)), options or session_options(), list(providers)
+        )
+        self._inputs = {name: one for phase in self._phases for name, one in phase.inputs.items()}
+        session = self._phases[0].session
+        provider = session.get_providers()[0]
+        settings = session.get_provider_options()[provider]
         kind = "cuda" if provider.startswith(("CUDA", "Tensorrt")) else "cpu"
         self._device = kind, int(settings.get("device_id", 0))
         self._pick = RowPicker(provider, self._device)
@@ -79,7 +78,7 @@ class Decoder:
 
     def reset(self) -> None:
         """Forget all tokens, and what was given with them."""
-        self.length = 0
+        self.length, self.seconds = 0, 0.0
         self._mask: Tokens | None = None
         self._caches: dict[str, Any] = {}
         self._given: dict[str, Any] = {}
@@ -103,6 +102,12 @@ class Decoder:
             SessionError: ONNX Runtime fails.
             UsageError: An input is missing or unknown, or shapes do not go together.
         """
+        return read_value(self.run(tokens, mask, **others))
+
+    def run(
+        self, tokens: npt.ArrayLike, mask: npt.ArrayLike | None = None, **others: npt.ArrayLike
+    ) -> Any:
+        """Do what `step` does, and return the `OrtValue` of the logits, which need not be read."""
         ids = np.asarray(tokens, dtype=np.int64)
         new = np.ones_like(ids) if mask is None else np.asarray(mask, dtype=np.int64)
         if ids.ndim != 2 or new.shape != ids.shape:
@@ -111,17 +116,41 @@ class Decoder:
             raise UsageError(f"{len(ids)} rows of tokens, but {len(self._mask)} in the caches")
         self._give(others)
         seen = new if self._mask is None else np.concatenate([self._mask, new], axis=1)
+        phase = self._phases[-1 if self.length else 0]
         with running():
-            results = self._run(ids, seen)
-        self._caches |= {
+            results = self._run(phase, ids, seen)
+        self._caches = self._caches | {
             past: results[present]
-            for past, present in self._presents.items()
+            for past, present in phase.presents.items()
             # A merged decoder computes cross caches once, and returns empty ones after that.
             if not self.length or ".encoder." not in past
         }
         self._mask = seen
         self.length += ids.shape[1]
-        return read_value(results[self._outputs[0]])
+        return results[phase.outputs[0]]
+
+    def resume(
+        self, caches: Mapping[str, npt.ArrayLike], mask: npt.ArrayLike, **others: npt.ArrayLike
+    ) -> None:
+        """Begin behind tokens whose caches are there already, instead of with a prompt.
+
+        Args:
+            caches: All of them, [B, ...], by the names of the inputs.
+            mask: [B, P], 1 for tokens and 0 for padding.
+            **others: As for `step`.
+        """
+        self.reset()
+        self._give(others)
+        self._caches = {
+            name: self._value(np.asarray(array), self._inputs[name])
+            for name, array in caches.items()
+        }
+        self._mask = np.asarray(mask, dtype=np.int64)
+        self.length = self._mask.shape[1]
+
+    def fork(self) -> Self:
+        """Another decoder with the same tokens behind it; sessions and caches are shared."""
+        return copy.copy(self)  # whose state is replaced at every step, and never changed
 
     def reorder(self, rows: npt.ArrayLike) -> None:
         """Go on with some rows of the batch, in any order and repeated, as beam search does.
@@ -140,19 +169,24 @@ class Decoder:
             if name not in self._inputs:
                 known = ", ".join(n for n, one in self._inputs.items() if one.role != "cache")
                 raise UsageError(f"the model has no input {name!r}; its inputs are {known}")
-            self._given[name] = self._value(np.asarray(array), self._inputs[name])
+            value = self._value(np.asarray(array), self._inputs[name])
+            self._given = {**self._given, name: value}
 
-    def _run(self, ids: Tokens, mask: Tokens) -> dict[str, Any]:
-        binding = self._session.io_binding()
-        for name, like in self._inputs.items():
-            binding.bind_ortvalue_input(name, self._feed(like, ids, mask))
-        for name in self._outputs:
+    def _run(self, phase: _Phase, ids: Tokens, mask: Tokens) -> dict[str, Any]:
+        binding = phase.session.io_binding()
+        # The binding refers to memory that these hold.
+        feeds = {name: self._feed(like, ids, mask) for name, like in phase.inputs.items()}
+        for name, value in feeds.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in phase.outputs:
             # The runtime makes new memory for the longer caches; an operator that appends in
             # place would be given theirs here.
-            device = self._device if name != self._outputs[0] else ("cpu", 0)
+            device = self._device if name != phase.outputs[0] else ("cpu", 0)
             binding.bind_output(name, *device)
-        self._session.run_with_iobinding(binding)
-        return dict(zip(self._outputs, binding.get_outputs(), strict=True))
+        start = time.perf_counter()
+        phase.session.run_with_iobinding(binding)
+        self.seconds = time.perf_counter() - start
+        return dict(zip(phase.outputs, binding.get_outputs(), strict=True))
 
     def _feed(self, like: Input, ids: Tokens, mask: Tokens) -> Any:
         """The value of an input, as the runtime holds it."""
@@ -160,7 +194,7 @@ class Decoder:
             return self._given[like.name]
         if like.name in self._caches:
             return self._caches[like.name]
-        if like.name == self._ids:
+        if like.role == "ids":
             return self._value(ids, like)
         if like.role == "mask" and like.name != _ENCODER_MASK:
             return self._value(mask, like)
@@ -183,17 +217,57 @@ class Decoder:
         if like.dtype != ir.DataType.BFLOAT16:
             return self._runtime.OrtValue.ortvalue_from_numpy(typed, *self._device)
         # The runtime reads the array's own memory, so that must live as long.
-        self._held.append(typed)
+        self._held = [*self._held, typed]
         return self._runtime.OrtValue.ortvalue_from_numpy_with_onnx_type(
             typed.view(np.uint16), int(like.dtype)
         )
 
 
-def _find(path: Path) -> Path:
+@dataclasses.dataclass(frozen=True)
+class _Phase:
+    """What runs a prompt, or a step, or both: a session, and how its outputs feed the caches."""
+
+    session: Any
+    inputs: Mapping[str, Input]
+    presents: Mapping[str, str]
+
+    @property
+    def outputs(self) -> list[str]:
+        return [output.name for output in self.session.get_outputs()]
+
+
+def _open(paths: Sequence[Path], options: Any, providers: list[str]) -> list[_Phase]:
+    """Open the one file of a decoder, or that of the prompt and that of the steps."""
+    interfaces = [read_interface(load_model(path).model) for path in paths]
+    if not interfaces[0].role("ids"):
+        raise ModelError(f"{paths[0]}: no input takes token ids, so it is no decoder")
+    phases = []
+    for path, interface in zip(paths, interfaces, strict=True):
+        with running():
+            session = load_runtime().InferenceSession(os.fspath(path), options, providers=providers)
+        phases.append(_Phase(session, {o.name: o for o in interface.inputs}, interface.presents))
+    if len(phases) > 1:
+        # The prompt takes no caches, and returns all that the steps take.
+        states = [one.name for one in interfaces[1].role("cache")]
+        presents = {name: name.replace("past_key_values", "present") for name in states}
+        phases[0] = dataclasses.replace(phases[0], presents=presents)
+    return phases
+
+
+def find_decoder(path: Path) -> Sequence[Path]:
+    """Find the file of a decoder, or that of the prompt and that of the steps.
+
+    Args:
+        path: A file, which is taken as it is, or a folder as exporters write it.
+
+    Raises:
+        ModelError: The folder holds no decoder.
+    """
     if not path.is_dir():
-        return path
+        return [path]
     for folder in (path, path / "onnx"):
-        for name in _FILES:
-            if (folder / name).is_file():
-                return folder / name
-    raise ModelError(f"{path}: the folder holds none of {', '.join(_FILES)}")
+        for names in _FILES:
+            if all((folder / name).is_file() for name in names):
+                return [folder / name for name in names]
+    known = ", ".join(names[0] for names in _FILES[:-1])
+    raise ModelError(f"{path}: the folder holds none of {known}")

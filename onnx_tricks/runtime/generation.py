@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from onnx_tricks.errors import UsageError
 from onnx_tricks.runtime.decoder import Decoder
+from onnx_tricks.runtime.sessions import Array
 
 __all__ = ["Sampling", "generate"]
 
 Tokens = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.floating[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,14 +88,14 @@ def generate(
         # What was given with the prompt holds for the tokens after it.
         first = not written
         logits = decoder.step(given, mask if first else None, **(others if first else {}))
-        chosen = np.where(ended, filler, choose(logits[:, -1].astype(np.float64)))
+        chosen = np.where(ended, filler, choose(logits[:, -1]))
         written.append(chosen)
         ended |= np.isin(chosen, ends)
         given = chosen[:, None]
     return np.stack(written, axis=1) if written else given[:, :0]
 
 
-def _greedy(logits: Floats) -> Tokens:
+def _greedy(logits: Array) -> Tokens:
     best: Tokens = np.argmax(logits, axis=-1)
     return best
 
@@ -108,10 +107,11 @@ class _Sampler:
         self._how = how
         self._random = np.random.default_rng(how.seed)
 
-    def __call__(self, logits: Floats) -> Tokens:
+    def __call__(self, logits: Array) -> Tokens:
         """Draw from logits [B, V]."""
-        order = np.argsort(-logits, axis=-1, kind="stable")
-        scores = np.take_along_axis(logits, order, axis=-1) / self._how.temperature
+        scaled = logits.astype(np.float64) / self._how.temperature
+        order = np.argsort(-scaled, axis=-1, kind="stable")
+        scores = np.take_along_axis(scaled, order, axis=-1)
         weights = np.exp(scores - scores[:, :1])
         if self._how.top_k:
             weights[:, self._how.top_k :] = 0

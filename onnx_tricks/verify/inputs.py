@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_tricks.graph.interface import Input, Interface
 from onnx_tricks.runtime.sessions import Array
 
-__all__ = ["Case", "Step", "plans"]
+__all__ = ["Case", "Step", "plans", "prompts"]
 
 # Sizes of dimensions of which only the name is known: small, and no two alike.
 _ODD_SIZES = (33, 7, 5, 11, 13, 17, 19, 23)
@@ -91,10 +91,8 @@ def plans(interface: Interface, given: Given, *, long: bool = False) -> Iterator
         long: Whether to begin with prompts of hundreds of tokens.
     """
     tokens = bool(interface.role("ids"))
-    # Only the name of a dimension is known: small sizes first, then those of images and sounds.
-    sizes = (0,) if tokens else (*interface.image_sizes, _SOUND)
     seen = set()
-    for size in sizes:
+    for size in _sizes(interface):
         for shapes in (_LONG, *_PLANS) if long else _PLANS:
             fixed = tuple(dict.fromkeys(_fix(interface, shape) for shape in shapes))
             if not tokens:
@@ -103,6 +101,25 @@ def plans(interface: Interface, given: Given, *, long: bool = False) -> Iterator
             if (fixed, size) not in seen:
                 seen.add((fixed, size))
                 yield tuple(_Builder(interface, given, s, size).case() for s in fixed)
+
+
+def prompts(interface: Interface, given: Given, batch: int, tokens: int) -> Iterator[Case]:
+    """Yield single runs of one batch; what else a model leaves open differs among them.
+
+    Args:
+        interface: The model's interface.
+        given: As for `plans`.
+        batch: Number of rows, where the model does not fix it.
+        tokens: Length of the rows, where there are tokens and the model does not fix it.
+    """
+    shape = _fix(interface, _Shape(batch, tokens))
+    for size in _sizes(interface):
+        yield _Builder(interface, given, shape, size).case()
+
+
+def _sizes(interface: Interface) -> tuple[int, ...]:
+    """What to try where only the name of a dimension is known: images, sounds; 0 is a small one."""
+    return (0,) if interface.role("ids") else (*interface.image_sizes, _SOUND)
 
 
 def _fix(interface: Interface, shape: _Shape) -> _Shape:
