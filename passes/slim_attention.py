@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import onnx_ir as ir
 
+from onnx_tricks.graph.edit import remove_dead_nodes
+from onnx_tricks.graph.interface import read_interface
 from onnx_tricks.operators.body import operator_function
 from onnx_tricks.operators.signature import DOMAIN, STATE_KEY, VERSION, Form
 from onnx_tricks.patterns.dry_run import DryRun
@@ -171,12 +173,16 @@ class SlimAttention(Pass):
         for value in gone:
             model.graph.inputs.remove(value)
         _choose_phase(model)
+        layout, states = _describe(site), _measured_states(model, site)
+        free_shapes(model, states, run, going=False)
+        remove_dead_nodes(model)
+        layout["shared_buffers"] = _are_only_read_by(states, site.forms)
         for operator, form in site.forms.items():
             function = operator_function(operator, form)
             model.functions[function.identifier()] = function
         model.opset_imports[DOMAIN] = VERSION
         model.ir_version = max(model.ir_version or 0, _OLDEST_IR)
-        model.metadata_props[STATE_KEY] = json.dumps(_describe(site))
+        model.metadata_props[STATE_KEY] = json.dumps(layout)
 
 
 def _with_residuals(
@@ -325,6 +331,36 @@ def _choose_phase(model: ir.Model) -> None:
     length = build.Slice(build.Shape(past), [axis], [axis + 1])
     branching.replace_input_with(0, build.Squeeze(build.Greater(length, [0]), [0]))
     model.graph.inputs.remove(flag)
+
+
+def _measured_states(model: ir.Model, site: SlimSite) -> dict[ir.Value, list[Length]]:
+    """The shapes of states, told by token ids and mask, so that a state may be a longer buffer."""
+    mask = find_mask(model)
+    ids = next((one.name for one in read_interface(model).role("ids")), None)
+    tokens = next((value for value in model.graph.inputs if value.name == ids), None)
+    if mask is None or tokens is None:
+        return {}
+    build = builder_before(model, model.graph[0], "onnx_tricks.past")
+    lengths = [build.Slice(build.Shape(value), [1], [2]) for value in (mask, tokens)]
+    batch: Length = [(tokens, 0)]
+    past = build.Sub(*lengths)
+    found: dict[ir.Value, list[Length]] = {}
+    inputs = {value.name: value for value in model.graph.inputs}
+    for plan in site.plans:
+        key = plan.layer.past_key
+        for slot, (_, width) in _slots(plan).items():
+            assert key is not None
+            value = key if slot == "key" else inputs[state_names(key.name or "", slot)[0]]
+            heads = [plan.layer.view.keys.heads] if slot == "key" else []
+            found[value] = [batch, *heads, past, width]
+    return found
+
+
+def _are_only_read_by(states: Collection[ir.Value], operators: Collection[str]) -> bool:
+    """Whether a state may be a buffer with room for more tokens, past and present in one."""
+    return bool(states) and all(
+        node.op_type in operators for state in states for node in state.consumers()
+    )
 
 
 def _describe(site: SlimSite) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from onnx_tricks.patterns.dry_run import DryRun
 
 __all__ = ["Dim", "Dimensions", "Length"]
 
-Length = int | Sequence[tuple[ir.Value, int]]
-"""A number, or the sum of the lengths of axes of values."""
+Length = int | ir.Value | Sequence[tuple[ir.Value, int]]
+"""A number, a tensor [1], or the sum of the lengths of axes of values."""
 
 Dim = int | ir.Value
 """The length of an axis: a number, or a tensor [1]."""
@@ -31,8 +31,9 @@ class Dimensions:
 
     Args:
         needed: Nodes whose results are needed for more than their shape.
-        known: The shapes of inputs that are to go.
+        known: The shapes of some inputs.
         run: A dry run of the model, for ranks.
+        going: Whether those inputs are to go, so that nothing may be computed from them.
     """
 
     def __init__(
@@ -40,9 +41,11 @@ class Dimensions:
         needed: set[ir.Node],
         known: Mapping[ir.Value, Sequence[Length]],
         run: DryRun,
+        *,
+        going: bool,
     ) -> None:
         self._needed, self._known, self._run = needed, known, run
-        self._doomed = _computed_from(known)
+        self._doomed = _computed_from(known) if going else set()
 
     def at(self, build: Builder) -> Dimensions:
         """Begin anew, with nodes made in another place."""
@@ -88,7 +91,7 @@ class Dimensions:
         return [self._build.Slice(tensor, [i], [i + 1]) for i in range(count)]
 
     def _length(self, length: Length) -> Dim:
-        if isinstance(length, int):
+        if isinstance(length, int | ir.Value):
             return length
         build = self._build
         parts = [build.Slice(build.Shape(value), [axis], [axis + 1]) for value, axis in length]

@@ -13,17 +13,24 @@ from onnx_tricks.slim.states import builder_before
 __all__ = ["free_shapes"]
 
 
-def free_shapes(model: ir.Model, known: Mapping[ir.Value, Sequence[Length]], run: DryRun) -> None:
+def free_shapes(
+    model: ir.Model,
+    known: Mapping[ir.Value, Sequence[Length]],
+    run: DryRun,
+    *,
+    going: bool = True,
+) -> None:
     """Let no value be computed only because something reads its shape.
 
     Args:
         model: The model.
-        known: The shapes of inputs that are to go.
+        known: The shapes of some inputs, which nothing is to read off them.
         run: A dry run of the model, for ranks.
+        going: Whether those inputs are to go.
     """
     for graph in model.graphs():
         needed = _needed(graph)
-        shapes = Dimensions(needed, known, run)
+        shapes = Dimensions(needed, known, run, going=going)
         for node in list(graph):
             value = node.inputs[0] if node.inputs else None
             if node.op_type != "Shape" or node.domain or value is None:
