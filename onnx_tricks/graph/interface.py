@@ -36,6 +36,12 @@ class Input:
     role: str
     limit: int
 
+    @property
+    def growing(self) -> int:
+        """The axis of a cache along which it grows."""
+        open_axes = [axis for axis, dim in enumerate(self.dims) if not isinstance(dim, int)]
+        return next(axis for axis in open_axes if axis)
+
 
 @dataclasses.dataclass(frozen=True)
 class Interface:

@@ -2,5 +2,6 @@
 
 from onnx_tricks.runtime.decoder import Decoder
 from onnx_tricks.runtime.generation import Sampling, generate
+from onnx_tricks.runtime.library import op_library_path, register
 
-__all__ = ["Decoder", "Sampling", "generate"]
+__all__ = ["Decoder", "Sampling", "generate", "op_library_path", "register"]

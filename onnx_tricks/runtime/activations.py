@@ -40,7 +40,7 @@ def observe(model: ir.Model, values: Sequence[ir.Value]) -> dict[ir.Value, _Arra
     except TricksError:
         return None
     finally:
-        del model.graph.outputs[len(outputs) :]
+        model.graph.outputs[len(outputs) :] = []  # `del` would leave them marked as outputs
     return {one: found[one.name or ""] for one in wanted}
 
 

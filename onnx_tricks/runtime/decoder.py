@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,9 @@ from onnx_tricks.errors import ModelError, UsageError
 from onnx_tricks.graph.interface import Input, read_interface
 from onnx_tricks.graph.load import load_model
 from onnx_tricks.graph.phases import MERGED, PROMPT, STEP
+from onnx_tricks.operators.signature import STATE_KEY
+from onnx_tricks.runtime.buffers import Buffers
+from onnx_tricks.runtime.library import find_library
 from onnx_tricks.runtime.rows import RowPicker
 from onnx_tricks.runtime.sessions import (
     Array,
@@ -64,6 +68,7 @@ class Decoder:
         options: Any = None,
     ) -> None:
         self._runtime = load_runtime()
+        native = options is None and find_library() is not None
         self._phases = _open(
             find_decoder(Path(model)), options or session_options(), list(providers)
         )
@@ -74,11 +79,14 @@ class Decoder:
         kind = "cuda" if provider.startswith(("CUDA", "Tensorrt")) else "cpu"
         self._device = kind, int(settings.get("device_id", 0))
         self._pick = RowPicker(provider, self._device)
+        shared = self._phases[-1].shared if native else {}
+        self._buffers = Buffers(shared, self._pick, self._device)
         self.reset()
 
     def reset(self) -> None:
         """Forget all tokens, and what was given with them."""
         self.length, self.seconds = 0, 0.0
+        self._reserved = 0
         self._mask: Tokens | None = None
         self._caches: dict[str, Any] = {}
         self._given: dict[str, Any] = {}
@@ -129,6 +137,14 @@ class Decoder:
         self.length += ids.shape[1]
         return results[phase.outputs[0]]
 
+    def reserve(self, length: int) -> None:
+        """Make room for a number of tokens in all, where caches are buffers; else do nothing.
+
+        Caches are buffers, to which a step appends without a copy of what is there, in a slim
+        model that allows it, run by the native operators.
+        """
+        self._reserved = length
+
     def resume(
         self, caches: Mapping[str, npt.ArrayLike], mask: npt.ArrayLike, **others: npt.ArrayLike
     ) -> None:
@@ -149,8 +165,11 @@ class Decoder:
         self.length = self._mask.shape[1]
 
     def fork(self) -> Self:
-        """Another decoder with the same tokens behind it; sessions and caches are shared."""
-        return copy.copy(self)  # whose state is replaced at every step, and never changed
+        """Another decoder with the same tokens behind it; sessions are shared."""
+        other = copy.copy(self)
+        # A step replaces the state and never changes it, but for buffers.
+        self._caches = self._buffers.copied(self._caches, self.length)
+        return other
 
     def reorder(self, rows: npt.ArrayLike) -> None:
         """Go on with some rows of the batch, in any order and repeated, as beam search does.
@@ -176,13 +195,19 @@ class Decoder:
         binding = phase.session.io_binding()
         # The binding refers to memory that these hold.
         feeds = {name: self._feed(like, ids, mask) for name, like in phase.inputs.items()}
+        feeds |= self._buffers.fitting(
+            self._caches, len(ids), self.length, ids.shape[1], reserved=self._reserved
+        )
         for name, value in feeds.items():
             binding.bind_ortvalue_input(name, value)
+        appended = {phase.presents[name]: feeds[name] for name in self._buffers.inputs}
         for name in phase.outputs:
-            # The runtime makes new memory for the longer caches; an operator that appends in
-            # place would be given theirs here.
-            device = self._device if name != phase.outputs[0] else ("cpu", 0)
-            binding.bind_output(name, *device)
+            if name in appended:
+                binding.bind_ortvalue_output(name, appended[name])
+            else:
+                # The runtime makes new memory, for longer caches too.
+                device = self._device if name != phase.outputs[0] else ("cpu", 0)
+                binding.bind_output(name, *device)
         start = time.perf_counter()
         phase.session.run_with_iobinding(binding)
         self.seconds = time.perf_counter() - start
@@ -230,6 +255,7 @@ class _Phase:
     session: Any
     inputs: Mapping[str, Input]
     presents: Mapping[str, str]
+    shared: Mapping[str, Input] = dataclasses.field(default_factory=dict)
 
     @property
     def outputs(self) -> list[str]:
@@ -238,18 +264,22 @@ class _Phase:
 
 def _open(paths: Sequence[Path], options: Any, providers: list[str]) -> list[_Phase]:
     """Open the one file of a decoder, or that of the prompt and that of the steps."""
-    interfaces = [read_interface(load_model(path).model) for path in paths]
+    models = [load_model(path).model for path in paths]
+    interfaces = [read_interface(model) for model in models]
     if not interfaces[0].role("ids"):
         raise ModelError(f"{paths[0]}: no input takes token ids, so it is no decoder")
     phases = []
-    for path, interface in zip(paths, interfaces, strict=True):
+    for path, model, interface in zip(paths, models, interfaces, strict=True):
         with running():
             session = load_runtime().InferenceSession(os.fspath(path), options, providers=providers)
-        phases.append(_Phase(session, {o.name: o for o in interface.inputs}, interface.presents))
+        layout = json.loads(model.metadata_props.get(STATE_KEY, "{}"))
+        states = interface.role("cache") if layout.get("shared_buffers") else ()
+        inputs, shared = ({o.name: o for o in some} for some in (interface.inputs, states))
+        phases.append(_Phase(session, inputs, interface.presents, shared))
     if len(phases) > 1:
         # The prompt takes no caches, and returns all that the steps take.
-        states = [one.name for one in interfaces[1].role("cache")]
-        presents = {name: name.replace("past_key_values", "present") for name in states}
+        names = [one.name for one in interfaces[1].role("cache")]
+        presents = {name: name.replace("past_key_values", "present") for name in names}
         phases[0] = dataclasses.replace(phases[0], presents=presents)
     return phases
 

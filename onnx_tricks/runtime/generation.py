@@ -82,6 +82,7 @@ def generate(
     choose = _greedy if sampling is None else _Sampler(sampling)
     decoder.reset()
     given = np.asarray(tokens, dtype=np.int64)
+    decoder.reserve(given.shape[-1] + max_new_tokens)
     ended = np.zeros(len(given), dtype=bool)
     written: list[Tokens] = []
     while len(written) < max_new_tokens and not ended.all():

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnx_tricks.errors import TricksError, UsageError
+from onnx_tricks.runtime.library import find_library, register
 
 __all__ = [
     "Array",
@@ -80,7 +81,8 @@ def session_options(*, optimised: bool = True, threads: int = 0) -> Any:
     """Make ONNX Runtime's options for a session with one of our models.
 
     Args:
-        optimised: Whether ONNX Runtime may fuse and approximate; otherwise it only folds constants.
+        optimised: Whether ONNX Runtime may fuse and approximate, and native kernels run our
+            operators where they are installed; otherwise it only folds constants.
         threads: Number of threads of one operator; 0 lets ONNX Runtime choose.
 
     Returns:
@@ -97,6 +99,8 @@ def session_options(*, optimised: bool = True, threads: int = 0) -> Any:
     )
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
+    if optimised and find_library() is not None:
+        register(options)
     return options
 
 

@@ -84,7 +84,7 @@ class Stepper:
         presents = {}
         for state in self._states if keep else ():
             shape = list(caches[state.name].shape)
-            shape[_tokens(state)] += ids.shape[1]
+            shape[state.growing] += ids.shape[1]
             presents[state.name] = torch.empty(shape, dtype=_dtype(state), device=device)
             _bind(binding.bind_output, self._presents[state.name], state, presents[state.name])
         binding.synchronize_inputs()
@@ -135,7 +135,7 @@ class Stepper:
             return caches[like.name]
         if like.name in given:
             return given[like.name]
-        seen = caches[self._states[0].name].shape[_tokens(self._states[0])] if caches else 0
+        seen = caches[self._states[0].name].shape[self._states[0].growing] if caches else 0
         total = seen + ids.shape[1]
         if like.role == "mask":
             encoded = given.get("encoder_hidden_states")
@@ -156,11 +156,6 @@ def choose_rows(states: States, rows: torch.Tensor) -> States:
     return tuple(
         tuple(state.index_select(0, rows.to(state.device)) for state in layer) for layer in states
     )
-
-
-def _tokens(state: Input) -> int:
-    """The axis of a cache along which it grows."""
-    return next(axis for axis, dim in enumerate(state.dims) if axis and not isinstance(dim, int))
 
 
 def _dtype(like: Input) -> torch.dtype:
