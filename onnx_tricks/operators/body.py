@@ -228,7 +228,12 @@ def _softmax(body: _Body, scores: ir.Value) -> ir.Value:
 
 def _rotate(body: _Body, keys: ir.Value) -> ir.Value:
     """Rotate the first R channels of every key head, [B, G, S, K]."""
-    cos, sin = body.widened("cos"), body.widened("sin")
+    # One angle for all keys would be broadcast without a word, where a mask is too short.
+    length = body.dims(keys, 2, 3)
+    cos, sin = (
+        body.reshape(body.widened(name), 0, length, body.dims(body.values[name], 2, 3))
+        for name in ("cos", "sin")
+    )
     return rotate(body.build, keys, cos, sin, interleaved=body.form.interleaved)
 
 

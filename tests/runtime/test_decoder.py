@@ -10,7 +10,7 @@ import pytest
 
 from onnx_tricks.errors import ModelError, UsageError
 from onnx_tricks.runtime import Decoder
-from onnx_tricks.runtime.sessions import read_value
+from onnx_tricks.runtime.sessions import Session, SessionError, read_value
 from tests import toys
 from tests.conftest import Export
 from tests.runtime.conftest import Slim
@@ -126,3 +126,21 @@ def test_what_is_no_decoder_is_refused(tmp_path: Path) -> None:
     onnx.save(toys.model("y = MatMul(x, w)"), tmp_path / "model.onnx")
     with pytest.raises(ModelError, match="no input takes token ids"):
         Decoder(tmp_path)
+
+
+@pytest.mark.parametrize("library", ["off", "installed"])
+def test_a_mask_of_the_new_tokens_alone_is_refused_and_not_broadcast(
+    library: str, slim: Slim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if library == "off":
+        monkeypatch.setenv("ONNX_TRICKS_LIBRARY", library)
+    session = Session(slim("demo")[1] / "model.onnx")
+    past = {
+        name: np.zeros([1, 6, 9, 32] if name.endswith("key") else [1, 9, 32], np.float32)
+        for name in session.inputs
+        if name.startswith("past")
+    }
+    feeds = {"input_ids": [[97]], "position_ids": [[9]], **past}
+    session.run({**feeds, "attention_mask": np.ones((1, 10))})
+    with pytest.raises(SessionError):
+        session.run({**feeds, "attention_mask": np.ones((1, 1))})
