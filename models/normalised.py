@@ -1,23 +1,17 @@
 """Decoders whose queries, keys and values are all normalised, as in Gemma 4, with random weights.
 
-Two layers of width 48, pre-norms without a purpose: what reads them is normalised again.
+Two layers of width 48, pre-norms without a purpose: what reads them is normalised again. DyT can
+take the place of the norms round the blocks.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from onnx_tricks.errors import UsageError
-from onnx_tricks.models.quiet import quietly
-
-__all__ = ["EXPORTERS", "Normalised", "Sizes", "write"]
-
-EXPORTERS = ("dynamo18", "dynamo23", "torchscript")
-"""What `write` knows: torch dynamo by opset, and the tracer at opset 17."""
+__all__ = ["DyT", "Normalised", "RMSNorm", "Sizes"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +38,19 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.epsilon))
+
+
+class DyT(nn.Module):
+    """`g * tanh(alpha x) + beta`, which takes the place of a norm and knows no rows."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = (nn.Parameter(torch.rand(width) + start) for start in (0.5, -0.5))
+        self.alpha = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] to [..., D]."""
+        return self.weight * torch.tanh(self.alpha * x) + self.bias
 
 
 class _Attention(nn.Module):
@@ -102,6 +109,7 @@ class Normalised(nn.Module):
         values: Whether values are normalised, as queries and keys are (Gemma 4), or not (Qwen 3).
         latent: Whether a part of the keys goes round its norm (as in multi-head latent attention).
         bias: Whether the query projection has a bias.
+        tanh: Whether DyT takes the place of the norms before and after each block.
         sizes: The sizes.
     """
 
@@ -111,23 +119,28 @@ class Normalised(nn.Module):
         values: bool = True,
         latent: bool = False,
         bias: bool = False,
+        tanh: bool = False,
         sizes: Sizes | None = None,
     ) -> None:
         super().__init__()
         sizes = sizes or Sizes()
         torch.manual_seed(0)
+
+        def norm() -> nn.Module:
+            return DyT(sizes.width) if tanh else RMSNorm(sizes.width, sizes.epsilon)
+
         self.embedding = nn.Embedding(sizes.vocabulary, sizes.width)
         self.layers = nn.ModuleList(
             nn.ModuleDict(
                 {
                     "attention": _Attention(sizes, values=values, latent=latent, bias=bias),
                     "feed_forward": _FeedForward(sizes),
-                    **{f"norm{i}": RMSNorm(sizes.width, sizes.epsilon) for i in range(4)},
+                    **{f"norm{i}": norm() for i in range(4)},
                 }
             )
             for _ in range(sizes.layers)
         )
-        self.norm = RMSNorm(sizes.width, sizes.epsilon)
+        self.norm = norm()
         self.head = nn.Linear(sizes.width, sizes.vocabulary, bias=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -137,47 +150,6 @@ class Normalised(nn.Module):
             x = x + layer["norm1"](layer["attention"](layer["norm0"](x)))
             x = x + layer["norm3"](layer["feed_forward"](layer["norm2"](x)))
         return self.head(self.norm(x))
-
-
-def write(model: nn.Module, path: Path, exporter: str) -> None:
-    """Export a model of token ids, batch and sequence dynamic.
-
-    Args:
-        model: Takes int64 [B, T] and returns logits.
-        path: The .onnx file.
-        exporter: One of `EXPORTERS`.
-
-    Raises:
-        UsageError: There is no such exporter.
-    """
-    if exporter not in EXPORTERS:
-        raise UsageError(f"Unknown {exporter!r}. Choose one of: {', '.join(EXPORTERS)}.")
-    ids = torch.ones(2, 7, dtype=torch.long)
-    names = {"input_names": ["input_ids"], "output_names": ["logits"]}
-    with quietly():
-        if exporter == "torchscript":
-            axes = {"input_ids": {0: "batch", 1: "sequence"}}
-            torch.onnx.export(
-                model.eval(),
-                (ids,),
-                path,
-                dynamo=False,
-                opset_version=17,
-                dynamic_axes=axes,
-                **names,
-            )
-            return
-        dims = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
-        program = torch.onnx.export(
-            model.eval(),
-            (ids,),
-            dynamo=True,
-            opset_version=int(exporter.removeprefix("dynamo")),
-            dynamic_shapes=(dims,),
-            **names,
-        )
-        assert program is not None
-        program.save(path)
 
 
 def _rotate(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Everything is computed in float64 (or exactly) and rounded once, to the type of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -14,6 +14,7 @@ import numpy as np
 __all__ = [
     "axis_mean",
     "center_in_turn",
+    "change_rows",
     "folded_size",
     "rounding_loss",
     "row_product",
@@ -213,3 +214,19 @@ def row_product(row: Array, matrix: Array) -> Array:
         block = slice(start, start + step)
         result += row[block] @ matrix[..., block, :].astype(np.float64)
     return result
+
+
+def change_rows(weight: Array, axis: int, change: Callable[[Array], Array]) -> Array:
+    """Change a weight along one axis, in float64 and rounded once to its type.
+
+    Args:
+        weight: Any shape, of a floating type; not changed.
+        axis: The axis, of length D.
+        change: From rows [M, D] to rows [M, N], float64.
+    """
+    rows = np.moveaxis(weight, axis, -1)
+    flat = rows.reshape(-1, rows.shape[-1])
+    with np.errstate(over="ignore"):
+        parts = [change(flat[b].astype(np.float64)).astype(weight.dtype) for b in _blocks(flat)]
+    changed = np.concatenate(parts)
+    return np.moveaxis(changed.reshape(*rows.shape[:-1], changed.shape[-1]), -1, axis)

@@ -18,6 +18,7 @@ __all__ = [
     "insert",
     "insert_after",
     "remove_dead_nodes",
+    "replace_constant",
     "replace_input",
     "rewrite_constant",
     "shared_constant",
@@ -167,13 +168,18 @@ def rewrite_constant(value: ir.Value, change: Change) -> None:
     """
     tensor = stored_tensor(value)
     assert tensor is not None
-    changed = ChangedTensor(tensor, change, value.name)
+    replace_constant(value, ChangedTensor(tensor, change, value.name))
+
+
+def replace_constant(value: ir.Value, tensor: ir.TensorProtocol) -> None:
+    """Give an initializer or Constant node other data, perhaps of another shape."""
     node = value.producer()
     if node is None:
-        value.const_value = changed
+        value.const_value = tensor
     else:
         node.attributes.clear()
-        node.attributes.add(ir.AttrTensor("value", changed))
+        node.attributes.add(ir.AttrTensor("value", tensor))
+    value.shape = ir.Shape(tensor.shape.numpy())
 
 
 def replace_input(model: ir.Model, node: ir.Node, index: int, array: Array, name: str) -> None:

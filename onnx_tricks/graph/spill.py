@@ -12,7 +12,7 @@ import onnx_ir as ir
 __all__ = ["spill"]
 
 
-def spill(array: np.ndarray[Any, np.dtype[Any]]) -> ir.TensorProtocol:
+def spill(array: np.ndarray[Any, np.dtype[Any]], name: str | None = None) -> ir.TensorProtocol:
     """Move an array into a file without a name; it goes with the tensor that is returned.
 
     What takes long to compute is computed once, and a model's worth of it fits in no memory.
@@ -23,10 +23,10 @@ def spill(array: np.ndarray[Any, np.dtype[Any]]) -> ir.TensorProtocol:
 
     def read() -> ir.Tensor[Any]:
         # Mapped anew each time, so that what has been read can leave memory.
-        return ir.Tensor(np.memmap(file, dtype=array_dtype, mode="r", shape=shape))
+        return ir.Tensor(np.memmap(file, dtype=array_dtype, mode="r", shape=shape), name=name)
 
     array_dtype, shape = array.dtype, array.shape
     dtype = ir.DataType.from_numpy(array.dtype)
-    tensor = ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(shape))
+    tensor = ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(shape), name=name)
     weakref.finalize(tensor, file.close)
     return tensor

@@ -10,7 +10,7 @@ from onnx_tricks.inspect.inspection import Inspection, Trick
 from onnx_tricks.inspect.traffic import Amount, Traffic
 from onnx_tricks.rewrite import Skip
 
-__all__ = ["combine", "estimate_tricks"]
+__all__ = ["combine", "estimate_otherwise", "estimate_tricks"]
 
 _NO_CONFIG = "only a config.json of a known model_type beside the model tells"
 
@@ -41,6 +41,12 @@ def combine(inspection: Inspection, traffic: Traffic) -> Traffic:
             assert isinstance(change, Change)
             traffic = change.applied_to(traffic, dims)
     return traffic
+
+
+def estimate_otherwise(name: str, dims: Dimensions | None) -> Change | None:
+    """What a trick that does not apply would change in a model of the same dimensions."""
+    told = ESTIMATES[name](dims) if dims is not None and dims.model_type else None
+    return told.otherwise if isinstance(told, Refusal) else None
 
 
 def _estimate(name: str, dims: Dimensions | None, traffic: Traffic) -> Trick:

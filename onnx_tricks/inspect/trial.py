@@ -16,6 +16,7 @@ from onnx_tricks.graph.plan import find_models
 from onnx_tricks.graph.shapes import annotate
 from onnx_tricks.graph.sizes import Sizes, measure
 from onnx_tricks.inspect.dimensions import Dimensions
+from onnx_tricks.inspect.estimates import estimate_otherwise
 from onnx_tricks.inspect.from_config import read_config
 from onnx_tricks.inspect.from_onnx import (
     find_decode_step,
@@ -87,6 +88,7 @@ class Trial:
             where=tuple(self._nodes(one)) if result.applied else (),
             count=result.applied,
             skipped=tuple(result.skipped),
+            otherwise=None if result.applied else estimate_otherwise(one.name, self.dimensions),
         )
 
     def try_together(self, tricks: list[Trick]) -> Traffic:

@@ -149,13 +149,15 @@ class Tracer:
             return self._given_heads(operand, path, end)
         except Unknown as unknown:
             return str(unknown)
+        except IndexError:
+            return "the shapes on its way contradict each other"
 
     def trace_together(self, operands: Sequence[Operand]) -> list[Heads | str]:
         """Trace queries, keys and values, of which some may be what the others are made from."""
         found = [self.trace(one) for one in operands]
         known = [one.projection for one in found if isinstance(one, Heads)]
         rows = {one.source for one in known if one is not None}
-        if not rows:
+        if not rows or (len(rows) == 1 and None not in known and len(known) == len(found)):
             return found
         traced = [self.trace(one, rows) for one in operands]
         self._projected = {}

@@ -17,7 +17,7 @@ from tests.conftest import import_recipes
 
 import_recipes()
 
-from onnx_tricks.models import normalised  # noqa: E402 - where the exporters are not there, skip
+from onnx_tricks.models import normalised, tokens  # noqa: E402 - where the exporters are not there, skip
 
 FIRST = "x = Gather(table, ids) z = SimplifiedLayerNormalization<epsilon=0.0000000001>(x, g) "
 LAST = "y = SimplifiedLayerNormalization<epsilon=0.0000000001>(v, g_last)"
@@ -127,13 +127,13 @@ def written(tmp_path_factory: pytest.TempPathFactory):
         path = folder / f"{name}.onnx"
         if not path.exists():
             sizes = normalised.Sizes(epsilon=epsilon)
-            normalised.write(normalised.Normalised(sizes=sizes, **options), path, exporter)
+            tokens.write(normalised.Normalised(sizes=sizes, **options), path, exporter)
         return path
 
     return write
 
 
-@pytest.mark.parametrize("exporter", normalised.EXPORTERS)
+@pytest.mark.parametrize("exporter", tokens.EXPORTERS)
 def test_a_model_that_normalises_queries_keys_and_values_loses_its_first_norms(
     written, exporter: str
 ) -> None:

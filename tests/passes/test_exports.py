@@ -15,6 +15,8 @@ from tests.conftest import Export, import_recipes
 
 trained = import_recipes().trained
 
+from onnx_tricks.models import normalised, tokens  # noqa: E402 - where the exporters are not, skip
+
 TIED = "is also read by"
 OUTPUT = "is an output of the graph"
 
@@ -145,3 +147,17 @@ def test_a_change_of_one_per_cent_is_caught_in_a_trained_model(
     weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))
     onnx.save(proto, tmp_path / "wrong.onnx")
     assert onnx_tricks.verify(source, tmp_path / "wrong.onnx").status == "failed"
+
+
+@pytest.mark.parametrize("exporter", tokens.EXPORTERS)
+def test_a_transformer_with_tanh_in_place_of_norms_folds_their_gains(
+    tmp_path: Path, exporter: str
+) -> None:
+    path = tmp_path / "model.onnx"
+    tokens.write(normalised.Normalised(tanh=True), path, exporter)
+    report = onnx_tricks.optimize(path).report
+    assert report.passes[0].applied == 2 * 2 + 1  # those in front of blocks and of the head
+    residual = [one for one in report.passes[0].skipped if "residual" in one.reason]
+    assert len(residual) == 2 * 2
+    assert report.verification.status == "passed", report.verification.message
+    assert report.verification.error_after <= 2 * report.verification.error_before

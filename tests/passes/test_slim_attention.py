@@ -24,6 +24,7 @@ from onnx_tricks.patterns.projection import Projection
 from onnx_tricks.rewrite import Site, Skip
 from onnx_tricks.runtime.sessions import Session
 from onnx_tricks.slim.layers import Layer, find_layers
+from tests.native.conftest import use
 from tests.slim.text import cache_type, errors, long_case
 
 Export = Callable[..., Path]
@@ -44,6 +45,13 @@ def _slim(source: Path, out: Path, *, verify: bool = True, **options: object) ->
     return {"sizes": sizes, "applied": slim.applied, "skipped": slim.skipped, "rows": slim.details}
 
 
+@pytest.fixture(params=["body", "kernel"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the operators by their functions, and by the native library."""
+    use(request.param, monkeypatch)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("cache", ["auto", "fp16", "bf16"])
 def test_keys_and_a_residual_are_half_the_cache_of_the_demo_model_within_the_rule(
     cache: str, tmp_path: Path
