@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "rewrite": {"errors", "graph"},
     "patterns": {"errors", "graph", "weights"},
     "operators": {"graph"},
-    "runtime": {"errors", "graph"},
+    "runtime": {"errors", "graph", "operators"},
     "slim": {"errors", "graph", "latent", "operators", "patterns", "rewrite", "runtime"},
     "skipless": {"graph", "latent", "patterns", "weights"},
     "verify": {"errors", "graph", "operators", "rewrite", "runtime"},
