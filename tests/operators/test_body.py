@@ -13,6 +13,7 @@ from tests.operators.reference import slim_attention, slim_hidden
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+
 def _close(ours: Array, theirs: Array | None, eps: float = 1e-6) -> None:
     assert theirs is not None
     assert ours.shape == theirs.shape
