@@ -101,7 +101,8 @@ def exported(recipe: str, exporter: str = "optimum", dtype: str = "fp32") -> Pat
         A directory that must not be written to.
 
     Raises:
-        UsageError: An argument is unknown, or trained weights are not installed.
+        UsageError: An argument is unknown, trained weights are not installed, or the builder of
+            onnxruntime-genai does not know the model.
     """
     for value, known in ((recipe, RECIPES), (exporter, EXPORTERS), (dtype, export.DTYPES)):
         if value not in known:
@@ -136,7 +137,12 @@ def _export(name: str, exporter: str, dtype: str, out: Path) -> None:
             shutil.copytree(exported(name, "pytorch"), folder, dirs_exist_ok=True)
             if recipe.tokenizer is None:
                 byte_tokenizer().save_pretrained(folder)
-            export.export_genai(Path(folder), out, dtype=dtype)
+            try:
+                export.export_genai(Path(folder), out, dtype=dtype)
+            except NotImplementedError as error:
+                raise UsageError(
+                    f"The builder of onnxruntime-genai does not know models like {name}."
+                ) from error
         return
     if recipe.tokenizer is None:
         model = recipe.build()
