@@ -41,7 +41,7 @@ onnx_tricks/%:
 
 .venv-demo/done: pyproject.toml
 	$(PYTHON) -m venv --clear .venv-demo
-	.venv-demo/bin/python $(PIP) install --editable ".[cpu]"
+	ONNX_TRICKS_PURE=1 .venv-demo/bin/python $(PIP) install --editable ".[cpu]"
 	touch $@
 
 .venv-test/done: pyproject.toml

@@ -114,7 +114,7 @@ def _writers(source: Path, folder: Path, threads: int) -> dict[str, Writer]:
     writers: dict[str, Writer] = {_ORIGINAL: _Decoding(source, plain)}
     for dtype in ("auto", "fp16"):
         slim, name = folder / dtype, "slim" if dtype == "auto" else f"slim, {dtype} caches"
-        passes = [FoldNorm(), SlimAttention(cache_dtype=dtype)]
+        passes = [FoldNorm(), SlimAttention(cache_dtype=dtype, encoder_dtype=dtype)]
         optimize(source, slim, passes=passes, verify=False)
         writers[f"{name}, functions"] = _Decoding(slim, plain)
         if find_library() is not None:

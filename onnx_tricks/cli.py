@@ -39,6 +39,7 @@ from onnx_tricks.terminal.display import FAILED, Display, errors, write_json
 from onnx_tricks.terminal.options import (
     CacheTypeOption,
     EnableOption,
+    EncoderTypeOption,
     MaxGrowthOption,
     MergeToleranceOption,
     NoVerifyOption,
@@ -84,6 +85,7 @@ def optimize(
     slim_mode: SlimModeOption = SlimAttention.mode,
     slim_tolerance: SlimToleranceOption = SlimAttention.tolerance,
     cache_dtype: CacheTypeOption = SlimAttention.cache_dtype,
+    encoder_dtype: EncoderTypeOption = SlimAttention.encoder_dtype,
     positions: PositionsOption = SlimAttention.positions,
     report: ReportOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report; write nothing.")] = False,
@@ -97,7 +99,14 @@ def optimize(
         options: list[Pass] = [
             FoldNorm(shared_weights),
             MergeSkipless(merge_tolerance),
-            SlimAttention(slim_mode, slim_tolerance, None, cache_dtype, positions),
+            SlimAttention(
+                slim_mode,
+                slim_tolerance,
+                None,
+                cache_dtype,
+                positions,
+                encoder_dtype=encoder_dtype,
+            ),
             PrecomputeFirstLayer(max_growth=max_growth, bar=display.bar),
         ]
         return run_optimize(
@@ -129,6 +138,7 @@ def export(
     slim_mode: SlimModeOption = SlimAttention.mode,
     slim_tolerance: SlimToleranceOption = SlimAttention.tolerance,
     cache_dtype: CacheTypeOption = SlimAttention.cache_dtype,
+    encoder_dtype: EncoderTypeOption = SlimAttention.encoder_dtype,
     positions: PositionsOption = SlimAttention.positions,
     report: ReportOption = None,
     no_verify: NoVerifyOption = False,
@@ -141,7 +151,14 @@ def export(
         options: list[Pass] = [
             FoldNorm(shared_weights),
             MergeSkipless(merge_tolerance),
-            SlimAttention(slim_mode, slim_tolerance, None, cache_dtype, positions),
+            SlimAttention(
+                slim_mode,
+                slim_tolerance,
+                None,
+                cache_dtype,
+                positions,
+                encoder_dtype=encoder_dtype,
+            ),
             PrecomputeFirstLayer(max_growth=max_growth, bar=display.bar),
         ]
         return run_export(

@@ -16,6 +16,7 @@ from onnx_tricks.rewrite import Pass
 __all__ = [
     "CacheTypeOption",
     "EnableOption",
+    "EncoderTypeOption",
     "MaxGrowthOption",
     "MergeToleranceOption",
     "NoVerifyOption",
@@ -58,6 +59,10 @@ SlimToleranceOption = Annotated[
 ]
 CacheTypeOption = Annotated[
     CacheType, typer.Option("--cache-dtype", help="slim-attention: type of the cached states.")
+]
+EncoderTypeOption = Annotated[
+    CacheType,
+    typer.Option("--encoder-dtype", help="slim-attention: type in which encoder states enter."),
 ]
 PositionsOption = Annotated[
     Positions, typer.Option(help="slim-attention: where positions of cached keys come from.")
