@@ -13,7 +13,9 @@ import pytest
 
 import onnx_tricks
 from onnx_tricks import CenterNorm, FoldNorm
-from onnx_tricks.rewrite import PassResult, run_passes
+from onnx_tricks.graph.load import load_model
+from onnx_tricks.graph.shapes import annotate
+from onnx_tricks.rewrite import PassResult, Skip, run_passes
 from tests import toys
 from tests.conftest import Export, import_recipes
 
@@ -317,3 +319,15 @@ def test_a_model_of_rms_norms_is_left_alone(export: Export) -> None:
         export("smollm2-2", "dynamo23"), passes=["center-norm"], dry_run=True
     ).report
     assert (report.passes[0].applied, report.passes[0].skipped) == (0, [])
+
+
+def test_where_the_proof_fails_half_precision_is_left_alone(export: Export) -> None:
+    stricter = CenterNorm().stricter()
+    assert stricter is not None
+    assert stricter.stricter() is None
+    for dtype, skipped in (("fp16", 1), ("fp32", 0)):
+        model = load_model(export("gpt2", "optimum", dtype) / "model.onnx").model
+        annotate(model)
+        found = list(stricter.sites(model))
+        reasons = [one.reason for one in found if isinstance(one, Skip)]
+        assert sum("failed the proof" in reason for reason in reasons) == skipped
