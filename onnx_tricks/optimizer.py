@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from onnx_tricks.graph.shapes import annotate
 from onnx_tricks.graph.sizes import Sizes, measure
 from onnx_tricks.graph.staging import Staging
 from onnx_tricks.models import demo_path
-from onnx_tricks.operators.signature import DOMAIN
+from onnx_tricks.operators.signature import DOMAIN, STATE_KEY
 from onnx_tricks.passes import PASSES
 from onnx_tricks.report import PassReport, Report
 from onnx_tricks.rewrite import Pass, PassResult, Site, run_passes
@@ -173,6 +174,9 @@ class _Run:
             where = None if output is None else os.fspath(output)
             report = self._report(where, verification)
             if staging is not None and output is not None:
+                states = _states(plan, models)
+                if states and source.is_dir():
+                    staging.describe(DOMAIN, {"states": states})
                 staging.commit()
                 models = [load_model(plan.folder / one.target).model for one in plan.outputs]
         if not source.is_dir():
@@ -309,6 +313,15 @@ class _Run:
         if failed:
             raise ParityError(f"verification failed: {verification.message}", report)
         return report
+
+
+def _states(plan: Plan, models: Sequence[ir.Model]) -> dict[str, Any]:
+    """The layout of the states of every file that has other caches than it was exported with."""
+    return {
+        str(one.target): json.loads(model.metadata_props[STATE_KEY])
+        for one, model in zip(plan.outputs, models, strict=True)
+        if STATE_KEY in model.metadata_props
+    }
 
 
 def _is_module(function: ir.Function) -> bool:

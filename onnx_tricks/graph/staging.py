@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from types import TracebackType
+from typing import Any
 
 import onnx_ir as ir
 
@@ -23,6 +25,7 @@ __all__ = ["Staging"]
 
 _PREFIX = ".onnx-tricks-"
 _MODELS, _CARRIED = "models", "carried"
+_CONFIG = Path("config.json")
 
 # Files that others read too, even where a model keeps weights in them: carried along, never
 # overwritten by weights, never removed with a model.
@@ -47,6 +50,7 @@ class Staging:
         self._plan = plan
         self._made: list[Path] = []
         self._staged: list[Path] = []
+        self._entries: dict[str, Any] = {}
 
     def __enter__(self) -> Staging:
         """Make the staging folder, and the folder of the results if it is not there.
@@ -108,6 +112,10 @@ class Staging:
         self._staged.append(target)
         return staged
 
+    def describe(self, key: str, entry: Mapping[str, Any]) -> None:
+        """Have the folder's config.json, if there is one, say something of the results."""
+        self._entries[key] = entry
+
     def _discard(self, target: Path) -> None:
         if target not in self._staged:
             return
@@ -129,6 +137,8 @@ class Staging:
         folder = self._plan.folder
         with writing(folder):
             carried = self._carry()
+            if self._configure(known=_CONFIG in carried) and _CONFIG not in carried:
+                carried.append(_CONFIG)
             for path in (*carried, *self._staged):
                 if (folder / path).is_dir():
                     raise UsageError(f"{folder / path} is a folder, and a file is to go there")
@@ -180,6 +190,23 @@ class Staging:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
         return carried
+
+    def _configure(self, *, known: bool) -> bool:
+        """Write config.json with what there is to say, if there is; `known`: it was carried."""
+        target = self._root / _CARRIED / _CONFIG
+        source = target if known else self._plan.folder / _CONFIG
+        if not self._entries or not source.is_file():
+            return False
+        try:
+            config = json.loads(source.read_text(encoding="utf-8"))
+        except ValueError:
+            return False
+        if not isinstance(config, dict):
+            return False
+        target.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({**config, **self._entries}, indent=2, ensure_ascii=False)
+        target.write_text(f"{text}\n", encoding="utf-8")
+        return True
 
     def _is_taken(self, target: Path, location: str) -> bool:
         """Whether a data file of that name would be, or stand in for, another's file."""

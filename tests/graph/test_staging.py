@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
@@ -18,6 +19,7 @@ from onnx_tricks.graph import staging as staging_module
 from onnx_tricks.graph.load import load_model
 from onnx_tricks.graph.plan import make_plan
 from onnx_tricks.graph.staging import Staging
+from tests import toys
 
 SaveExternal = Callable[..., Path]
 SameModel = Callable[[Path, Path], None]
@@ -312,3 +314,30 @@ def test_a_limit_on_file_sizes_is_an_error_in_words(tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, str(source), str(tmp_path / "out.onnx")]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "the disk is full" in run.stdout
+
+
+def test_a_config_says_what_the_results_are_and_keeps_the_rest(tmp_path: Path) -> None:
+    source, target = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    onnx.save(toys.model("y = MatMul(x, w)"), source / "model.onnx")
+    for folder in (source, target, target):
+        text = '{"model_type": "llama", "größe": 3}'
+        (source / "config.json").write_text(text, encoding="utf-8")
+        plan = make_plan(source, folder)
+        with Staging(plan) as staging:
+            staging.save(load_model(source / "model.onnx").model, plan.outputs[0])
+            staging.describe("onnx_tricks", {"states": {}})
+            staging.commit()
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        assert config == {"model_type": "llama", "größe": 3, "onnx_tricks": {"states": {}}}
+
+
+def test_a_config_that_is_none_stays_as_it_is(tmp_path: Path) -> None:
+    onnx.save(toys.model("y = MatMul(x, w)"), tmp_path / "model.onnx")
+    (tmp_path / "config.json").write_text("no json")
+    plan = make_plan(tmp_path, tmp_path)
+    with Staging(plan) as staging:
+        staging.save(load_model(tmp_path / "model.onnx").model, plan.outputs[0])
+        staging.describe("onnx_tricks", {})
+        staging.commit()
+    assert (tmp_path / "config.json").read_text() == "no json"

@@ -189,6 +189,9 @@ def test_whisper_keeps_one_decoder_and_no_cross_caches(
         "decoder_model.onnx",
         "encoder_model.onnx",
     ]
+    config = json.loads((tmp_path / "slim" / "config.json").read_text())
+    assert config["model_type"] == "whisper"
+    assert len(config["onnx_tricks"]["states"]["decoder_model.onnx"]["layers"]) == 8
     rows = found["rows"]
     assert isinstance(rows, list)
     crossing = [row for row in rows if row["operator"] == "SlimCrossAttention"]
