@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_tricks.graph.edit import add_constant, insert
+from onnx_tricks.graph.names import node_name
 from onnx_tricks.graph.shapes import dtype_of
 from onnx_tricks.patterns.homogeneous import End, spread
 from onnx_tricks.patterns.norm import Norm, find_norms, norm_entries
@@ -76,7 +77,7 @@ class CancelNorm(Pass):
             if norm.biased:
                 reason = "its bias would not be scaled along"
             if reason:
-                yield Skip(_label(norm.node), f"{reason}: the size of its rows is felt there")
+                yield Skip(node_name(norm.node), f"{reason}: the size of its rows is felt there")
             elif reached.ends:
                 found[index] = reached.ends
         # A norm that undoes the factor of another has to stay.
@@ -94,19 +95,19 @@ class CancelNorm(Pass):
                 reason = (
                     "what epsilon does cannot be measured: the model does not run on tokens alone"
                 )
-                yield Skip(_label(norm.node), reason)
+                yield Skip(node_name(norm.node), reason)
                 continue
             error = max(_error(norm, end, seen) for end in ends)
             allowed = _ROUNDINGS * float(ml_dtypes.finfo(norm.dtype.numpy()).eps) / 2
             if error > allowed:
                 yield Skip(
-                    _label(norm.node),
+                    node_name(norm.node),
                     f"epsilon would change what the norms behind it compute by {error:.1e}, more "
                     f"than the {allowed:.1e} that rounding in {norm.dtype.name} changes",
                 )
                 continue
             yield Cancellation(
-                _label(norm.node),
+                node_name(norm.node),
                 inputs=(norm.source.name or "",),
                 outputs=tuple(end.norm.output.name or "" for end in ends),
                 norm=norm,
@@ -119,7 +120,7 @@ class CancelNorm(Pass):
         norm = site.norm
         assert norm is not None
         value, given = norm.source, dtype_of(norm.source) or norm.dtype
-        name = f"{_label(norm.node)}/cancelled"
+        name = f"{node_name(norm.node)}/cancelled"
         if given != norm.dtype:
             to = ir.AttrInt64("to", norm.dtype)
             value = insert(
@@ -152,7 +153,3 @@ def _error(norm: Norm, end: End, seen: dict[ir.Value, np.ndarray]) -> float:
     epsilon = end.norm.epsilon
     ratios = (smallest + epsilon) / (smallest + epsilon * factors)
     return float(np.abs(np.sqrt(ratios) - 1).max())
-
-
-def _label(node: ir.Node) -> str:
-    return node.name or node.outputs[0].name or node.op_type

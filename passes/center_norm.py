@@ -18,6 +18,7 @@ from onnx_tricks.graph.edit import (
     insert_after,
     rewrite_constant,
 )
+from onnx_tricks.graph.names import described, node_name
 from onnx_tricks.graph.shapes import dtype_of, rank_of
 from onnx_tricks.graph.spell import write_centred, write_norm
 from onnx_tricks.patterns.maker import Made
@@ -147,7 +148,7 @@ class CenterNorm(Pass):
         for norm in find_norms(model):
             found = read_mean(norm)
             if isinstance(found, str):
-                yield Skip(_label(norm.node), found)
+                yield Skip(node_name(norm.node), found)
             elif found is not None:
                 readers.append(found)
         parts: dict[int, Part] = {}
@@ -157,7 +158,7 @@ class CenterNorm(Pass):
                 yield part
             elif self.wide_only and any(_is_half(one) for one in part.made):
                 reason = "in half precision its weights, rounded once more, failed the proof"
-                yield Skip(_label(part.readers[0].norm.node), reason)
+                yield Skip(node_name(part.readers[0].norm.node), reason)
             else:
                 parts[index] = part
         yield from _settle(parts)
@@ -196,7 +197,7 @@ def _streams(readers: list[MeanReader], order: Mapping[ir.Node, int]) -> Iterato
         reason = _stream_reason(stream, entries)
         if reason:
             more = f" ({len(members)} norms read this stream)" if len(members) > 1 else ""
-            yield Skip(_label(norm.node), reason + more)
+            yield Skip(node_name(norm.node), reason + more)
         else:
             terms = sorted(stream.terms, key=lambda term: [order[one.node] for one in term.made])
             stream = dataclasses.replace(stream, terms=tuple(terms))
@@ -213,7 +214,7 @@ def _stream_reason(stream: Stream, entries: dict[Use, int]) -> str:
         assert value is not None
         if (node, index) not in entries:
             return (
-                f"{node.op_type} {_label(node)!r} reads {value.name!r} too and is no LayerNorm, so "
+                f"{described(node)} reads {value.name!r} too and is no LayerNorm, so "
                 "that the residual stream cannot lose its mean"
             )
         if stream.stages.get(value, -1) != -1:
@@ -260,14 +261,14 @@ def _settle(parts: dict[int, Part]) -> Iterator[Site | Skip]:
         for index, part in refused.items():
             # One that stands where a mean has been taken off already has nothing left to gain.
             if any(reader.norm.kind == "layer" for reader in part.readers):
-                yield Skip(_label(part.readers[0].norm.node), _term_reason(part))
+                yield Skip(node_name(part.readers[0].norm.node), _term_reason(part))
             del parts[index]
         if not conflicts and not refused:
             break
     for members in share_groups({i: p.changes() for i, p in parts.items()}):
         chosen = tuple(parts[index] for index in members)
         readers = [reader for part in chosen for reader in part.readers]
-        yield Centring(_label(readers[0].norm.node), count=len(readers), parts=chosen)
+        yield Centring(node_name(readers[0].norm.node), count=len(readers), parts=chosen)
 
 
 def _claims(parts: dict[int, Part]) -> Iterator[Claim]:
@@ -287,7 +288,7 @@ def _without(part: Part, conflicts: list[Conflict]) -> Part:
 def _term_reason(part: Part) -> str:
     term = part.apart[0]
     node = term.value.producer()
-    source = f"{node.op_type} {_label(node)!r}" if node is not None else f"{term.value.name!r}"
+    source = f"{node.op_type} {node_name(node)!r}" if node is not None else f"{term.value.name!r}"
     return (
         f"{source} enters the residual stream and has no weight of its own to centre: taking means "
         f"off while the model runs ({len(part.apart)} terms for {len(part.readers)} norms) saves "
@@ -334,7 +335,7 @@ def _following(node: ir.Node) -> ir.Node:
 
 def _make_rms(model: ir.Model, reader: MeanReader) -> None:
     """Replace a LayerNorm of centred rows by an RMSNorm."""
-    norm, label = reader.norm, _label(reader.norm.node)
+    norm, label = reader.norm, node_name(reader.norm.node)
     if reader.difference is not None:
         node = reader.difference.producer()
         assert node is not None
@@ -380,8 +381,4 @@ def _vector(model: ir.Model, norm: Norm, word: Literal["gain", "bias"]) -> ir.Va
     if own is not None and rank_of(own) == 1:
         return own
     array: _Array = getattr(norm, word).astype(norm.dtype.numpy())
-    return add_constant(model, f"{_label(norm.node)}/{word}", ir.Tensor(array, dtype=norm.dtype))
-
-
-def _label(node: ir.Node) -> str:
-    return node.name or node.outputs[0].name or node.op_type
+    return add_constant(model, f"{node_name(norm.node)}/{word}", ir.Tensor(array, dtype=norm.dtype))

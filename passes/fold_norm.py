@@ -18,6 +18,7 @@ from onnx_tricks.graph.edit import (
     rewrite_constant,
     shared_vector,
 )
+from onnx_tricks.graph.names import node_name
 from onnx_tricks.graph.spell import write_norm, write_product
 from onnx_tricks.patterns.norm import Norm, OpaqueNorm, find_norms
 from onnx_tricks.patterns.readers import Reader, find_readers
@@ -121,13 +122,13 @@ class FoldNorm(Pass):
         parts: dict[int, Part] = {}
         for index, norm in enumerate(find_norms(model)):
             if isinstance(norm, OpaqueNorm):
-                yield Skip(_label(norm.node), norm.reason)
+                yield Skip(node_name(norm.node), norm.reason)
             elif not norm.plain:
                 part = _look_behind(norm)
                 if part is None:
                     continue
                 if isinstance(part, str):
-                    yield Skip(_label(norm.node), part)
+                    yield Skip(node_name(norm.node), part)
                 else:
                     parts[index] = part
         while True:
@@ -136,7 +137,7 @@ class FoldNorm(Pass):
             if not refused:
                 break
             for owner, conflict in sorted(refused.items()):
-                yield Skip(_label(parts.pop(owner).norm.node), _sharing_reason(conflict))
+                yield Skip(node_name(parts.pop(owner).norm.node), _sharing_reason(conflict))
         yield from _together(parts, conflicts)
 
     def apply(self, model: ir.Model, site: Site) -> None:
@@ -235,7 +236,7 @@ def _weight_reason(part: Part, reader: Reader) -> str:
     """Why a weight cannot take the gain; empty when it can."""
     linear, scaling = reader.linear, part.scaling(reader)
     tensor = linear.weight.tensor
-    where = f"weight {linear.weight.stored.name!r} of {_label(linear.node)}"
+    where = f"weight {linear.weight.stored.name!r} of {node_name(linear.node)}"
     length = tensor.shape.numpy()[scaling.axis]
     if not tensor.dtype.is_floating_point() or length * scaling.groups != scaling.gain.size:
         return f"{where} has shape {tuple(tensor.shape)} and type {tensor.dtype.name}, not a weight"
@@ -255,7 +256,7 @@ def _weight_reason(part: Part, reader: Reader) -> str:
 def _folded_bias(norm: Norm, reader: Reader) -> _Array | str:
     """The bias of a linear layer with the norm's bias folded in, or why it cannot be."""
     linear, channels = reader.linear, reader.channels
-    where = _label(linear.node)
+    where = node_name(linear.node)
     if channels.uneven:
         return f"{channels.uneven} before {where}, so that its bias is not the same in every row"
     if linear.contribution is None or not linear.weight.readable:
@@ -291,7 +292,7 @@ def _together(parts: dict[int, Part], conflicts: list[Conflict]) -> Iterator[Fol
     for members in share_groups(weights):
         chosen = tuple(parts[index] for index in members)
         yield Fold(
-            _label(chosen[0].norm.node),
+            node_name(chosen[0].norm.node),
             count=len(chosen),
             inputs=tuple(_names(v for part in chosen for v in _sources(part.norm))),
             outputs=tuple(_names(r.linear.output for part in chosen for r in part.readers)),
@@ -336,7 +337,7 @@ def _lookups(conflict: Conflict) -> list[ir.Node] | None:
 
 def _sharing_reason(conflict: Conflict) -> str:
     weight = conflict.claim.weight
-    others = ", ".join(sorted({_label(node) for node in conflict.others})) or "the caller"
+    others = ", ".join(sorted({node_name(node) for node in conflict.others})) or "the caller"
     return (
         f"weight {weight.stored.name!r} is also read by {others}: a copy of its own would take "
         f"{weight.tensor.nbytes:,} bytes (--shared-weights copy)"
@@ -397,9 +398,11 @@ def _make_plain(model: ir.Model, norm: Norm, kept: _Array | None) -> None:
             if kept is None:
                 norm.node.replace_input_with(norm.fused.bias, None)
             else:
-                replace_input(model, norm.node, norm.fused.bias, kept, f"{_label(norm.node)}.bias")
+                replace_input(
+                    model, norm.node, norm.fused.bias, kept, f"{node_name(norm.node)}.bias"
+                )
         return
-    name = f"{_label(norm.node)}/plain"
+    name = f"{node_name(norm.node)}/plain"
     bias = None
     if kept is not None:
         shape = (norm.width,) + (1,) * (-1 - norm.axis)
@@ -422,7 +425,3 @@ def _make_plain(model: ir.Model, norm: Norm, kept: _Array | None) -> None:
     plain.shape = norm.output.shape
     plain.meta.update(norm.output.meta)
     norm.output.replace_all_uses_with(plain)
-
-
-def _label(node: ir.Node) -> str:
-    return node.name or node.outputs[0].name or node.op_type

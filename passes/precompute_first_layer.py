@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnx_tricks.graph.build import Builder
 from onnx_tricks.graph.constants import stored_tensor
 from onnx_tricks.graph.edit import add_constant, fresh_name
+from onnx_tricks.graph.names import node_name
 from onnx_tricks.graph.sizes import measure
 from onnx_tricks.patterns.cut import Cut, Join, find_cut
 from onnx_tricks.patterns.excerpt import cut_out
@@ -233,8 +234,7 @@ def _obstacle(region: Region) -> str:
 
 
 def _label(region: Region) -> str:
-    node = _lookup(region)
-    return node.name or node.outputs[0].name or node.op_type
+    return node_name(_lookup(region))
 
 
 def _lookup(region: Region) -> ir.Node:

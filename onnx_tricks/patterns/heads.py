@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_tricks.graph.constants import is_constant
+from onnx_tricks.graph.names import described
 from onnx_tricks.patterns.arithmetic import Array
 from onnx_tricks.patterns.axes import Axes, complete, read_axes
 from onnx_tricks.patterns.cache import Cache, appended, leaving
@@ -181,7 +182,7 @@ class Tracer:
             norm = self._norms.get(value)
             if norm is not None:
                 if path.norm is not None or norm.axis != -1:
-                    return f"{_label(node)} is a second norm of one head"
+                    return f"{described(node)} is a second norm of one head"
                 path.norm = norm
                 path.given[value] = norm.source
                 path.stage(value, norm.source)
@@ -190,7 +191,7 @@ class Tracer:
             joined = appended(node)
             if joined is not None:
                 if path.appended is not None:
-                    return f"{_label(node)} appends to a cache that is appended to again"
+                    return f"{described(node)} appends to a cache that is appended to again"
                 path.appended = (*joined, node)
                 path.rotated_last = path.rotary is not None
                 path.stage(value, joined[1])
@@ -205,10 +206,10 @@ class Tracer:
             rotary = find_rotary(self.run, value, self._comes_from_a_layer)
             if rotary is None:
                 if node.op_type == "Concat":
-                    return f"{_label(node)} joins channels that do not come from one projection"
-                return f"{_label(node)} is not understood between a projection and the heads"
+                    return f"{described(node)} joins channels that do not come from one projection"
+                return f"{described(node)} is not understood between a projection and the heads"
             if path.rotary is not None:
-                return f"{_label(node)} rotates heads that are rotated again"
+                return f"{described(node)} rotates heads that are rotated again"
             path.rotary = rotary
             path.given.update(rotary.idle)
             path.stage(value, rotary.source)
@@ -260,7 +261,7 @@ class Tracer:
     ) -> Heads | str:
         run, linear = self.run, end if isinstance(end, Linear) else None
         if isinstance(end, Linear):
-            output, before, maker = end.output, end.node.inputs[0], _label(end.node)
+            output, before, maker = end.output, end.node.inputs[0], described(end.node)
         else:
             output, before, maker = end, end, repr(end.name)
         origin = Origin(run, output, before)
@@ -434,7 +435,3 @@ class Tracer:
                 given[value] = step[0]
             value = step[0]
         return given
-
-
-def _label(node: ir.Node) -> str:
-    return f"{node.op_type} {node.name or node.outputs[0].name!r}"

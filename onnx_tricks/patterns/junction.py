@@ -179,7 +179,3 @@ def _is_even(stream: Stream, width: int) -> bool:
         and node.attributes.get_float("beta", 1.0) != 0
         for node in producers
     ) and all(dim(value, -1) == width for value in stream.stages if value.shape is not None)
-
-
-def _label(node: ir.Node) -> str:
-    return f"{node.op_type} {node.name or node.outputs[0].name!r}"

@@ -11,6 +11,7 @@ import dataclasses
 
 import onnx_ir as ir
 
+from onnx_tricks.graph.names import described
 from onnx_tricks.patterns.contraction import Product, find_product
 from onnx_tricks.patterns.dry_run import DryRun
 
@@ -117,7 +118,7 @@ class _Walk:
                 return product
             step = self._step(node)
             if step is None:
-                self.reason = self.reason or f"{_label(node)} changes the scores"
+                self.reason = self.reason or f"{described(node)} changes the scores"
                 return None
             value = step
         return None
@@ -150,13 +151,13 @@ class _Walk:
             if kind == "scale":
                 assert isinstance(what, float)
                 if softcap is not None or floor is not None:
-                    return f"{_label(node)} scales scores that have been capped"
+                    return f"{described(node)} scales scores that have been capped"
                 scale *= what
                 terms = [dataclasses.replace(one, scale=one.scale * what) for one in terms]
             elif kind == "tanh":
                 cap = steps[place + 1][1] if place + 1 < len(steps) else None
                 if not isinstance(cap, float) or terms or softcap is not None:
-                    return f"{_label(node)} squashes the scores"
+                    return f"{described(node)} squashes the scores"
                 # cap tanh(s x) is s cap x, capped
                 scale, softcap, place = scale * cap, cap, place + 1
             elif kind == "view":
@@ -167,7 +168,7 @@ class _Walk:
             else:
                 assert isinstance(what, Bias | Mask)
                 if floor is not None:
-                    return f"{_label(node)} adds to scores that have been clipped"
+                    return f"{described(node)} adds to scores that have been clipped"
                 terms.append(what)
             place += 1
         return Scores(scale, softcap, tuple(terms), floor)
@@ -215,7 +216,7 @@ class _Walk:
         found = [self._holds_product(one) for one in operands]
         if found.count(True) != 1:
             if all(found):
-                self.reason = f"{_label(node)} adds up scores of several products"
+                self.reason = f"{described(node)} adds up scores of several products"
             return None
         rest = operands[found.index(False)]
         if node.op_type == "Sub":
@@ -247,7 +248,3 @@ def _is_row_maximum(value: ir.Value, scores: ir.Value) -> bool:
     """Whether a value is the largest of each row, which a softmax does not notice."""
     node = value.producer()
     return node is not None and node.op_type == "ReduceMax" and node.inputs[0] is scores
-
-
-def _label(node: ir.Node) -> str:
-    return f"{node.op_type} {node.name or node.outputs[0].name!r}"

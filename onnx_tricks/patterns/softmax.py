@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_tricks.graph.constants import evaluate
+from onnx_tricks.graph.names import described
 from onnx_tricks.patterns.contraction import Product, find_product
 
 __all__ = ["Weights", "follow_weights"]
@@ -55,14 +56,16 @@ def follow_weights(softmax: ir.Node) -> Weights | str | None:
         selected = [reader for reader in readers if reader.op_type == "Where"]
         if selected:
             if not _is_safe(selected[0], value, softmax):
-                return f"{_label(selected[0])} replaces attention weights"
+                return f"{described(selected[0])} replaces attention weights"
             value, safe = selected[0].outputs[0], True
         elif len(following) == 1 and following[0].op_type in {*_SAME, *_VIEWS}:
             value = following[0].outputs[0]
         elif len(following) == 1 and following[0].op_type == "Slice":
-            return f"{_label(following[0])} cuts attention weights, as sinks of attention need"
+            return f"{described(following[0])} cuts attention weights, as sinks of attention need"
         elif len(following) == 1 and following[0].op_type in ("Mul", "Einsum"):
-            return f"{_label(following[0])} does more than multiply attention weights with values"
+            return (
+                f"{described(following[0])} does more than multiply attention weights with values"
+            )
         else:
             return None
     return None
@@ -113,7 +116,3 @@ def _all_masked(condition: ir.Value, scores: ir.Value | None) -> bool:
             return False
         pending += [one for one in node.inputs[:1] if one is not None]
     return False
-
-
-def _label(node: ir.Node) -> str:
-    return f"{node.op_type} {node.name or node.outputs[0].name!r}"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from onnx_tricks.graph.names import node_name
 from onnx_tricks.patterns.attention import Attention, OpaqueAttention, find_attentions
 from onnx_tricks.patterns.heads import Heads
 from onnx_tricks.rewrite import Skip
@@ -42,8 +43,7 @@ class Layer:
     @property
     def label(self) -> str:
         """The name of the node to look for."""
-        node = self.view.node
-        return node.name or node.outputs[0].name or node.op_type
+        return node_name(self.view.node)
 
 
 def find_layers(model: ir.Model) -> Iterator[Layer | Skip]:
