@@ -5,13 +5,17 @@ PYTHON ?= python3
 OUT ?= out/demo
 PIP := -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo test dev lint types wheel clean
+.PHONY: demo test coverage dev lint types wheel clean
 
 demo: .venv-demo/done
 	.venv-demo/bin/onnx-tricks optimize demo $(OUT)
 
 test: .venv-test/library
 	ONNX_TRICKS_REQUIRE_EXPORTERS=1 .venv-test/bin/pytest -n 2 $(ARGS)
+
+# Goes on where it was interrupted; ARGS may name families, --exporters and --jobs.
+coverage: .venv-test/library
+	.venv-test/bin/python -m tests.coverage $(ARGS)
 
 dev: .venv-test/library .venv-lint/done links
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.export import Dim
 from transformers import DynamicCache, PreTrainedModel
+
+from onnx_tricks.errors import UsageError
 
 __all__ = ["Graph", "graphs"]
 
@@ -47,6 +50,9 @@ def graphs(model: PreTrainedModel, *, cache: bool = False) -> list[Graph]:
 
     Returns:
         One graph ``model``, or ``encoder_model`` and ``decoder_model``.
+
+    Raises:
+        UsageError: A cache is asked for, and the model has none, or one that holds other states.
     """
     if model.config.is_encoder_decoder:
         return [_encoder(model), _decoder(model)]
@@ -93,23 +99,38 @@ def _cached_text(model: PreTrainedModel) -> Graph:
     ) -> tuple[torch.Tensor, ...]:
         cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
         output = model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-        layers = output.past_key_values.layers
-        return (output.logits, *(t for layer in layers for t in (layer.keys, layer.values)))
+        return (output.logits, *_cached(cache))
 
-    config = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    past = torch.zeros(_BATCH, heads, _PAST, size, dtype=model.dtype)
-    names = [f"{i}.{kind}" for i in range(config.num_hidden_layers) for kind in ("key", "value")]
+    past = _cached(_past(model))
+    names = [f"{i // 2}.{('key', 'value')[i % 2]}" for i in range(len(past))]
     inputs: dict[str, tuple[torch.Tensor, _Axes]] = {
         "input_ids": (_tokens(_LENGTH), _TEXT),
         "attention_mask": (_tokens(_PAST + _LENGTH), {0: _BATCH_AXIS, 1: "total_sequence"}),
     }
     axes: _Axes = {0: _BATCH_AXIS, 2: "past"}
-    # One tensor given twice would become one input, read for all.
-    inputs |= {f"past_key_values.{name}": (past.clone(), axes) for name in names}
+    inputs |= {
+        f"past_key_values.{name}": (torch.zeros_like(one), axes)
+        for name, one in zip(names, past, strict=True)
+    }
     outputs = ["logits", *(f"present.{name}" for name in names)]
     return Graph("model", _Module(model, step), inputs, outputs)
+
+
+def _past(model: PreTrainedModel) -> DynamicCache:
+    """A cache with states of the shapes that the model makes."""
+    takes = inspect.signature(model.forward).parameters
+    with torch.no_grad():
+        output = model(_tokens(_PAST), **({"use_cache": True} if "use_cache" in takes else {}))
+    cache = output.get("past_key_values")
+    cache = getattr(cache, "self_attention_cache", cache)
+    if not isinstance(cache, DynamicCache):
+        raise UsageError(f"{type(model).__name__} has no cache that holds keys and values alone.")
+    return cache
+
+
+def _cached(cache: DynamicCache) -> list[torch.Tensor]:
+    """Keys and values of the layers, in turn."""
+    return [one for layer in cache.layers for one in (layer.keys, layer.values)]
 
 
 def _encoder(model: PreTrainedModel) -> Graph:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from onnx_tricks.models.dynamo import graphs
 from onnx_tricks.models.experts import make_experts_dense
+from onnx_tricks.models.preprocessors import preprocessors
 from onnx_tricks.models.quiet import quietly
 
 __all__ = ["DTYPES", "export_dynamo", "export_genai", "export_optimum"]
@@ -28,13 +29,19 @@ def export_optimum(model: PreTrainedModel, out: Path, *, task: str, dtype: str =
         task: The task in Optimum's terms; with ``-with-past`` the key/value cache is exported.
         dtype: ``fp32`` or ``fp16``; ONNX Runtime, which Optimum needs on the way, lacks ``bf16``.
     """
-    with quietly():
+    with quietly(), preprocessors(model) as handed:
         from optimum.exporters.onnx import onnx_export_from_model
 
         if dtype != "fp32":
             # The tracer writes fused attention with fp32 constants that widen half models.
             model.set_attn_implementation("eager")
-        onnx_export_from_model(model.to(DTYPES[dtype]), out, task=task, do_validation=False)
+        onnx_export_from_model(
+            model.to(DTYPES[dtype]),
+            out,
+            task=task,
+            do_validation=False,
+            preprocessors=handed or None,
+        )
 
 
 def export_dynamo(

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 from filelock import FileLock
 from transformers import (
@@ -37,30 +36,31 @@ class Recipe:
     """How to get a PyTorch model.
 
     Attributes:
-        source: The module that builds the model; when it changes, exports are made anew.
+        source: What the model is made from; when its text changes, exports are made anew.
         build: Returns the model in fp32 and evaluation mode.
         task: The task under which Optimum exports it.
         tokenizer: Returns the tokenizer, if the model has one.
     """
 
-    source: ModuleType
+    source: str
     build: Callable[[], PreTrainedModel]
     task: str
     tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None
 
 
+_TRAINED, _FAMILIES = inspect.getsource(trained), inspect.getsource(families)
 RECIPES = {
-    "smollm2-2": Recipe(trained, partial(trained.smollm2, 2), _CAUSAL, trained.smollm2_tokenizer),
-    "smollm2-4": Recipe(trained, partial(trained.smollm2, 4), _CAUSAL, trained.smollm2_tokenizer),
-    "smollm2-30": Recipe(trained, trained.smollm2, _CAUSAL, trained.smollm2_tokenizer),
-    "tiny-llama": Recipe(trained, trained.tiny_llama, _CAUSAL),
-    "mgm": Recipe(trained, trained.mgm, _CAUSAL),
+    "smollm2-2": Recipe(_TRAINED, partial(trained.smollm2, 2), _CAUSAL, trained.smollm2_tokenizer),
+    "smollm2-4": Recipe(_TRAINED, partial(trained.smollm2, 4), _CAUSAL, trained.smollm2_tokenizer),
+    "smollm2-30": Recipe(_TRAINED, trained.smollm2, _CAUSAL, trained.smollm2_tokenizer),
+    "tiny-llama": Recipe(_TRAINED, trained.tiny_llama, _CAUSAL),
+    "mgm": Recipe(_TRAINED, trained.mgm, _CAUSAL),
     "whisper-tiny.en": Recipe(
-        trained, trained.whisper_tiny_en, "automatic-speech-recognition-with-past"
+        _TRAINED, trained.whisper_tiny_en, "automatic-speech-recognition-with-past"
     ),
-    "llama-2gb": Recipe(families, families.llama_2gb, _CAUSAL),
+    "llama-2gb": Recipe(_FAMILIES, families.llama_2gb, _CAUSAL),
     **{
-        name: Recipe(families, partial(families.tiny, name), family.task)
+        name: Recipe(f"{_FAMILIES}{family}", partial(families.tiny, name), family.task)
         for name, family in families.FAMILIES.items()
     },
 }
@@ -108,7 +108,7 @@ def exported(recipe: str, exporter: str = "optimum", dtype: str = "fp32") -> Pat
         if value not in known:
             raise UsageError(f"Unknown {value!r}. Choose one of: {', '.join(known)}.")
     cache = Path(os.environ.get("ONNX_TRICKS_CACHE", ".cache")).absolute()
-    out = cache / f"{recipe}-{exporter}-{dtype}-{_key(RECIPES[recipe])}"
+    out = cache / f"{recipe}-{exporter}-{dtype}-{_key(RECIPES[recipe], exporter)}"
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{out}.lock"):
         if not out.exists():
@@ -157,7 +157,8 @@ def _export(name: str, exporter: str, dtype: str, out: Path) -> None:
         export.export_dynamo(model, out, opset=int(opset), dtype=dtype, cache=bool(cache))
 
 
-def _key(recipe: Recipe) -> str:
+def _key(recipe: Recipe, exporter: str) -> str:
     versions = [f"{tool}=={importlib.metadata.version(tool)}" for tool in _TOOLS]
-    sources = [inspect.getsource(m) for m in (recipe.source, export, dynamo, experts)]
+    modules = (export, dynamo, experts) if exporter.startswith("dynamo") else (export,)
+    sources = [recipe.source, *(inspect.getsource(module) for module in modules)]
     return hashlib.sha256("\n".join(versions + sources).encode()).hexdigest()[:12]
