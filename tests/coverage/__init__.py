@@ -1,0 +1,1 @@
+"""The survey of all families: what each trick does to each export, checked against PyTorch."""

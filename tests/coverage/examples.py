@@ -1,0 +1,187 @@
+"""One example of each model: inputs, what is right, and how an export is run on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+
+from onnx_tricks.runtime import Decoder
+from onnx_tricks.runtime.decoder import find_decoder
+from tests.coverage.reference import Arrays, in_double, norms_run, parts
+
+__all__ = ["Example", "examples"]
+
+_STEPS = (9, 1, 1, 2)  # a prompt, and what follows it
+_TOKENS = sum(_STEPS)
+_PROMPT = (_TOKENS,)
+_PADDING = 3  # of the last row, on the left
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One input for all files of an export.
+
+    Attributes:
+        name: What tells it from the others.
+        right: By output, what PyTorch computes in float64.
+        norms: How many norms PyTorch runs.
+        run: Computes the outputs with a folder of ONNX files.
+    """
+
+    name: str
+    right: Arrays
+    norms: int
+    run: Callable[[Path], Arrays]
+
+
+def examples(model: Any, task: str, exporter: str, folder: Path) -> Iterator[Callable[[], Example]]:
+    """Yield makers of examples, those that ask more of an export first.
+
+    Not every exporter writes a model that takes batches or padding: an example holds where the
+    export itself computes what PyTorch does.
+
+    Args:
+        model: The model in PyTorch.
+        task: The task that it was exported for.
+        exporter: What exported it.
+        folder: The export.
+    """
+    names = [node.name for node in _session(next(folder.glob("*.onnx"))).get_inputs()]
+    if (folder / "encoder_model.onnx").exists() and task.endswith("-with-past"):
+        for steps in (_STEPS, _PROMPT):
+            yield partial(_two_sides, model, task, folder, steps)
+    elif any(name.startswith("past_key_values") for name in names):
+        for rows, padding, steps in (
+            (2, _PADDING, _STEPS),
+            (2, 0, _STEPS),
+            (1, 0, _STEPS),
+            (1, 0, _PROMPT),
+        ):
+            yield partial(_text, model, names, rows, padding, steps)
+    else:
+        yield partial(_single, model, task, exporter, folder)
+
+
+def _text(model: Any, names: list[str], rows: int, padding: int, steps: tuple[int, ...]) -> Example:
+    """A decoder: a prompt, then steps, against one run over all tokens."""
+    ids = np.random.default_rng(0).integers(3, model.config.vocab_size, (rows, _TOKENS))
+    mask = np.ones_like(ids)
+    mask[-1, :padding] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if "position_ids" in names:
+        inputs["position_ids"] = np.maximum(mask.cumsum(axis=1) - 1, 0)
+    right, norms = _expected(model, inputs)
+
+    def run(folder: Path) -> Arrays:
+        return {"logits": _decoded(folder, ids, mask, steps)[mask > 0]}
+
+    name = f"{rows} rows{', padded' if padding else ''}, {'+'.join(map(str, steps))} tokens"
+    return Example(name, {"logits": right["logits"][mask > 0]}, norms, run)
+
+
+def _two_sides(model: Any, task: str, folder: Path, steps: tuple[int, ...]) -> Example:
+    """An encoder and a decoder that attends to it."""
+    encoder = _session(folder / "encoder_model.onnx")
+    given = parts(model, task)["encoder_model"].inputs()
+    given = {node.name: given[node.name] for node in encoder.get_inputs()}
+    rows = len(next(iter(given.values())))
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ids = np.random.default_rng(0).integers(3, vocabulary, (rows, _TOKENS))
+    right, norms = _expected(model, {**given, "decoder_input_ids": ids})
+    wanted = {"logits": right["logits"]}
+    if "encoder_last_hidden_state" in right:
+        wanted["last_hidden_state"] = right["encoder_last_hidden_state"]
+
+    def run(folder: Path) -> Arrays:
+        (states,) = _run(folder / "encoder_model.onnx", given, ["last_hidden_state"]).values()
+        others = {"encoder_hidden_states": states}
+        mask = given.get("attention_mask")
+        if mask is not None and "encoder_attention_mask" in _decoder_inputs(folder):
+            others["encoder_attention_mask"] = mask
+        logits = _decoded(folder, ids, None, steps, **others)
+        return {"logits": logits, "last_hidden_state": states}
+
+    return Example(f"{rows} rows, {'+'.join(map(str, steps))} tokens", wanted, norms, run)
+
+
+def _single(model: Any, task: str, exporter: str, folder: Path) -> Example:
+    """A model that is run once, in one file or several."""
+    made = parts(model, task)
+    inputs: dict[str, Arrays] = {}
+    right: dict[str, np.ndarray] = {}
+    norms = 0
+    for file in sorted(folder.glob("*.onnx")):
+        part = made[file.stem]
+        given = part.inputs()
+        inputs[file.stem] = {node.name: given[node.name] for node in _session(file).get_inputs()}
+        if exporter.startswith("dynamo"):
+            outputs, count = _expected(model, inputs[file.stem])
+        else:
+            outputs = part(inputs[file.stem])
+            count = norms_run(part.module, lambda p=part, g=inputs[file.stem]: p(g))
+        norms += count
+        right |= {f"{file.stem}.{name}": one for name, one in outputs.items()}
+
+    def run(folder: Path) -> Arrays:
+        return {
+            f"{stem}.{name}": one
+            for stem, given in inputs.items()
+            for name, one in _run(folder / f"{stem}.onnx", given).items()
+        }
+
+    return Example("2 rows", right, norms, run)
+
+
+def _expected(model: Any, inputs: Arrays) -> tuple[dict[str, np.ndarray], int]:
+    """What a whole model computes, and how many norms it runs."""
+    known = inspect.signature(model.forward).parameters
+    tensors = {name: torch.from_numpy(one) for name, one in inputs.items() if name in known}
+    outputs: Mapping[str, Any] = {}
+
+    def run() -> None:
+        nonlocal outputs
+        with in_double(model):
+            wide = {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
+            outputs = model(**wide)
+
+    norms = norms_run(model, run)
+    return {n: t.numpy() for n, t in outputs.items() if isinstance(t, torch.Tensor)}, norms
+
+
+def _decoded(
+    folder: Path, ids: np.ndarray, mask: np.ndarray | None, steps: tuple[int, ...], **others: Any
+) -> np.ndarray:
+    """The logits of all tokens, in steps where the decoder has caches."""
+    decoder = Decoder(folder)
+    cached = any("past" in name for name in _decoder_inputs(folder))
+    stops = np.cumsum(steps if cached else _PROMPT)
+    logits = []
+    for start, stop in zip([0, *stops], stops, strict=False):
+        part = None if mask is None else mask[:, start:stop]
+        logits.append(decoder.step(ids[:, start:stop], part, **(others if start == 0 else {})))
+    return np.concatenate(logits, axis=1)
+
+
+def _decoder_inputs(folder: Path) -> set[str]:
+    return {node.name for file in find_decoder(folder) for node in _session(file).get_inputs()}
+
+
+def _session(file: Path) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    return ort.InferenceSession(file, options)
+
+
+def _run(file: Path, given: Arrays, names: list[str] | None = None) -> dict[str, np.ndarray]:
+    session = _session(file)
+    names = names or [node.name for node in session.get_outputs()]
+    return dict(zip(names, session.run(names, dict(given)), strict=True))

@@ -1,0 +1,98 @@
+"""Why a trick cannot apply in principle: one sentence for each reason that a pass gives."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+__all__ = ["PRINCIPLES", "Principle", "principle"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Principle:
+    """A reason that no recogniser can get around.
+
+    Attributes:
+        trick: The pass that gives it.
+        pattern: A regular expression found in the pass's own words.
+        sentence: What a reader is told.
+    """
+
+    trick: str
+    pattern: str
+    sentence: str
+
+
+def _fold(pattern: str, sentence: str) -> Principle:
+    return Principle("fold-norm", pattern, sentence)
+
+
+def _table(pattern: str, sentence: str) -> Principle:
+    return Principle("precompute-first-layer", pattern, sentence)
+
+
+def _slim(pattern: str, sentence: str) -> Principle:
+    return Principle("slim-attention", pattern, sentence)
+
+
+PRINCIPLES = (
+    _fold(
+        "as a residual connection does",
+        "The norm's output enters the residual stream (post-norm), which every later layer reads "
+        "through a sum: its gain is part of the function and has no weight to move into.",
+    ),
+    _fold(
+        "multiplies it with something that is not a constant weight",
+        "The norm's output is multiplied by another value of the input: queries or keys that are "
+        "normalised before they are rotated or meet each other, or a gate.",
+    ),
+    _fold(
+        "is an output of the graph",
+        "The norm's output leaves the model: callers read it with the gain in it.",
+    ),
+    _fold(
+        "is not linear in it",
+        "A nonlinear operator reads the norm's output, another norm for example.",
+    ),
+    _table(
+        "learned positions or token types",
+        "Rows looked up by position or token type are added to the embedding before the first "
+        "linear layer, so that its result depends on more than the token.",
+    ),
+    _table(
+        "no Gather looks up token ids",
+        "There is no table of tokens: the model takes images, sound, numbers or embeddings.",
+    ),
+    _slim(
+        "cannot determine an input of",
+        "Keys are shared by several heads (GQA, MQA) or narrower than the input, so that values "
+        "do not follow from them.",
+    ),
+    _slim(
+        "numbers is no less than",
+        "Keys and values together are no larger than the layer's input, so that caching the "
+        "input saves nothing.",
+    ),
+    _slim(
+        "as sinks of attention need",
+        "Attention sinks put a learned score beside those of the keys.",
+    ),
+    _slim(
+        "joins channels that do not come from one projection",
+        "Latent attention makes a key of two projections, one of them shared by all heads.",
+    ),
+)
+"""In the order in which documents letter them."""
+
+
+def principle(trick: str, reason: str) -> Principle | None:
+    """The principle behind a reason; None where there is none, which is a defect.
+
+    Args:
+        trick: The pass that gave the reason.
+        reason: Its words.
+    """
+    for one in PRINCIPLES:
+        if one.trick == trick and re.search(one.pattern, reason):
+            return one
+    return None
