@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from onnx_tricks.graph.constants import scalar
+from onnx_tricks.graph.open_sizes import Image, find_image, lengths
+
 __all__ = ["Input", "Interface", "read_interface"]
 
-# Ops through which ids pass on their way to the table that they index.
-_CARRIERS = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
+# Ops through which ids pass on their way to the table that they index; those of boxes are parts
+# and differences of them.
+_CARRIERS = frozenset(
+    {"Cast", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Sub"}
+    | {"Unsqueeze"}
+)
 # These count valid tokens from the left: they know padding on the right only.
 _NO_LEFT_PADDING = frozenset({"GroupQueryAttention", "SparseAttention"})
 
@@ -28,6 +34,8 @@ class Input:
         dims: Sizes; a symbol is its name, an unknown size is None.
         role: "ids", "mask", "positions", "cache", "branch" or "other".
         limit: Number of rows of the table that it indexes; 0 where it indexes none.
+        image: What images it may take; None where it takes none, or says itself.
+        markers: Numbers that it is compared with: ids that stand for an image, or end a text.
     """
 
     name: str
@@ -35,6 +43,8 @@ class Input:
     dims: tuple[int | str | None, ...]
     role: str
     limit: int
+    image: Image | None
+    markers: tuple[int, ...]
 
     @property
     def growing(self) -> int:
@@ -51,13 +61,13 @@ class Interface:
         inputs: All inputs that are not initializers.
         presents: For each cache input, the output that continues it (absent where none does).
         left_padding: Whether padding may stand left of a prompt.
-        image_sizes: Sizes (height = width, pixels) to try where the model leaves them open.
+        lengths: What to try for the length of a series where the model leaves it open.
     """
 
     inputs: tuple[Input, ...]
     presents: dict[str, str]
     left_padding: bool
-    image_sizes: tuple[int, ...]
+    lengths: tuple[int, ...]
 
     def role(self, role: str) -> tuple[Input, ...]:
         """Return the inputs that have a role."""
@@ -87,16 +97,18 @@ def read_interface(model: ir.Model) -> Interface:
         dims = () if value.shape is None else tuple(_dim(d) for d in value.shape)
         if role == "cache" and len(dims) == 4 and not isinstance(dims[3], int):
             dims = (*dims[:3], _head_width(value))
-        inputs.append(Input(name, value.dtype, dims, role, limit))
+        if role == "other" and dims and not isinstance(dims[-1], int):
+            dims = (*dims[:-1], _width(value) or dims[-1])
+        image = find_image(value) if role == "other" else None
+        markers = tuple(dict.fromkeys(_markers(value))) if role == "ids" else ()
+        inputs.append(Input(name, value.dtype, dims, role, limit, image, markers))
         if role == "cache":
             spelled = [name.replace(past, "present") for past in ("past_key_values", "past")]
             found = [present for present in spelled if present in outputs]
             if found:
                 presents[name] = found[0]
     ops = {node.op_type for node in graph.all_nodes()}
-    return Interface(
-        tuple(inputs), presents, not ops & _NO_LEFT_PADDING, tuple(_image_sizes(graph))
-    )
+    return Interface(tuple(inputs), presents, not ops & _NO_LEFT_PADDING, lengths(graph))
 
 
 def _dim(dim: int | ir.SymbolicDim) -> int | str | None:
@@ -108,7 +120,8 @@ def _role(value: ir.Value) -> str:
     integer = value.dtype in (ir.DataType.INT64, ir.DataType.INT32)
     if name == "use_cache_branch":
         return "branch"
-    if "past" in name and (not integer or name.startswith("past_key_values.")):
+    rank = 4 if value.shape is None else len(value.shape)
+    if name.startswith("past_key_values.") or ("past" in name and rank > 3 and not integer):
         return "cache"
     if integer and "position" in name:
         return "positions"
@@ -133,12 +146,24 @@ def _head_width(value: ir.Value) -> int | None:
     return None
 
 
+def _width(value: ir.Value) -> int | None:
+    """Work out the width of features that a linear layer reads."""
+    for node, index in value.uses():
+        if node.op_type == "Cast":
+            return _width(node.outputs[0])
+        weight = node.inputs[1] if node.op_type == "MatMul" and index == 0 else None
+        if weight is not None and weight.shape is not None and len(weight.shape) == 2:
+            rows = weight.shape[0]
+            return rows if isinstance(rows, int) else None
+    return None
+
+
 def _limit(value: ir.Value) -> int:
     """Find the smallest table that a value indexes: the bound of its numbers."""
     rows = []
     for node, index in value.uses():
         if node.op_type in _CARRIERS and index == 0:
-            rows.append(_limit(node.outputs[0]))
+            rows += [_limit(output) for output in node.outputs]
         elif node.op_type == "Gather" and index == 1:
             table = node.inputs[0]
             axis = node.attributes.get("axis")
@@ -148,26 +173,17 @@ def _limit(value: ir.Value) -> int:
     return min((n for n in rows if n > 0), default=0)
 
 
+def _markers(value: ir.Value) -> Iterator[int]:
+    for node, index in value.uses():
+        if node.op_type in _CARRIERS and index == 0:
+            yield from _markers(node.outputs[0])
+        elif node.op_type == "Equal":
+            number = scalar(node.inputs[1 - index])
+            if number is not None and number >= 0:
+                yield int(number)
+
+
 def _logits_width(graph: ir.Graph) -> int:
     shape = graph.outputs[0].shape if graph.outputs else None
     last = shape[-1] if shape is not None and len(shape) > 1 else None
     return last if isinstance(last, int) else 0
-
-
-def _image_sizes(graph: ir.Graph) -> Iterator[int]:
-    """Yield image sizes that fit the position table of a vision transformer, then usual ones."""
-    for value in graph.inputs:
-        for node, index in value.uses():
-            w = node.inputs[1] if node.op_type == "Conv" and index == 0 else None
-            patch = None if w is None or w.shape is None or len(w.shape) != 4 else w.shape[2]
-            if not isinstance(patch, int):
-                continue
-            for table in graph.initializers.values():
-                shape = () if table.shape is None else table.shape.numpy()
-                if len(shape) != 3 or shape[0] != 1:
-                    continue
-                for extra in (0, 1, 2):  # class and distillation tokens
-                    side = math.isqrt(max(shape[1] - extra, 0))
-                    if side > 1 and side * side + extra == shape[1]:
-                        yield side * patch
-    yield from (224, 32)

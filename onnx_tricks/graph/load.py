@@ -107,7 +107,7 @@ def _mapped(
     attribute: ir.Attr, function: Callable[[ir.TensorProtocol], ir.TensorProtocol]
 ) -> ir.Attr:
     if attribute.type == ir.AttributeType.TENSOR:
-        mapped: object = function(attribute.as_tensor())
+        mapped: object = function(attribute.value)  # as_tensor() looks at the whole protocol
     else:
         mapped = [function(tensor) for tensor in attribute.as_tensors()]
     return ir.Attr(attribute.name, attribute.type, mapped, doc_string=attribute.doc_string)

@@ -97,6 +97,12 @@ def session_options(*, optimised: bool = True, threads: int = 0) -> Any:
     options.graph_optimization_level = (
         levels.ORT_ENABLE_ALL if optimised else levels.ORT_ENABLE_BASIC
     )
+    if not optimised:
+        # It belongs to the basic level too, and mixes types where a norm holds casts.
+        options.add_session_config_entry(
+            "optimization.disable_specified_optimizers",
+            "LayerNormFusionL1",
+        )
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
     if optimised and find_library() is not None:
@@ -221,6 +227,8 @@ def _serialise(model: ir.Model) -> tuple[bytes, dict[str, tuple[Array, int]]]:
         tensor = value.const_value
         if tensor is None or tensor.nbytes < _INLINE_BYTES or tensor.dtype not in _SHARED:
             continue
+        if not value.uses() and not value.is_graph_output():
+            continue  # the runtime drops it before it looks for its numbers
         # The runtime reads the buffer as it lies in memory.
         array = np.require(tensor.numpy(), requirements=["C", "ALIGNED"])
         weights[name] = array, int(tensor.dtype)

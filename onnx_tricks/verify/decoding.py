@@ -1,13 +1,15 @@
-"""Run a case: a prompt, then step by step, the present caches of one step feeding the next."""
+"""Decoding: a prompt, then step by step, the present caches of one step feeding the next."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
 
 from onnx_tricks.runtime.sessions import Array, Session
 from onnx_tricks.verify.inputs import Case, Step
 
-__all__ = ["decode"]
+__all__ = ["decode", "write_text"]
 
 
 def decode(
@@ -36,9 +38,54 @@ def decode(
     caches = dict(case.caches if caches is None else caches)
     for step in case.steps:
         outputs = session.run({**caches, **step.feeds})
-        for past, present in presents.items():
-            # A merged decoder returns empty encoder caches once they are filled.
-            filled = ".encoder." in past and caches[past].size > 0
-            if present in outputs and not filled:
-                caches[past] = outputs[present]
+        caches = _continued(caches, outputs, presents)
         yield step, outputs
+
+
+def write_text(
+    session: Session,
+    presents: Mapping[str, str],
+    make: Callable[[Array, tuple[int, ...]], Case],
+    scores: Array,
+    length: int,
+) -> Array:
+    """Let a decoder write text: token by token, each drawn by its probability.
+
+    Args:
+        session: The decoder; its first output are logits, [B, T, V].
+        presents: As for `decode`.
+        make: Makes a case of tokens [B, T] and the lengths of the steps at their end.
+        scores: Logits of the first tokens, [B, V].
+        length: Number of tokens to write.
+
+    Returns:
+        The tokens, [B, length].
+
+    Raises:
+        SessionError: ONNX Runtime fails.
+    """
+    random = np.random.default_rng(0)
+    tokens = np.empty((len(scores), 0), np.int64)
+    caches: dict[str, Array] = {}
+    while True:
+        drawn = np.argmax(scores.astype(np.float64) + random.gumbel(size=scores.shape), axis=1)
+        tokens = np.concatenate([tokens, drawn[:, None]], axis=1)
+        if tokens.shape[1] == length:
+            return tokens
+        case = make(tokens, (1,) if caches else ())
+        caches = caches or dict(case.caches)
+        outputs = session.run({**caches, **case.steps[-1].feeds})
+        caches = _continued(caches, outputs, presents)
+        scores = next(iter(outputs.values()))[:, -1]
+
+
+def _continued(
+    caches: dict[str, Array], outputs: Mapping[str, Array], presents: Mapping[str, str]
+) -> dict[str, Array]:
+    """The caches after a step."""
+    return caches | {
+        past: outputs[present]
+        for past, present in presents.items()
+        # A merged decoder returns empty encoder caches once they are filled.
+        if present in outputs and not (".encoder." in past and caches[past].size > 0)
+    }

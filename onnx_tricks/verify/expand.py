@@ -89,13 +89,14 @@ def _conv(tape: _Tape, node: ir.Node) -> list[ir.Value | None]:
     x, w, b = [*node.inputs, None][:3]
     if w is None or w.shape is None or not w.shape.is_static():
         return []
-    out_channels, _, *kernel = (int(n) for n in w.shape.numpy())
+    out_channels, in_channels, *kernel = (int(n) for n in w.shape.numpy())
     rank = len(kernel)
     strides = _integers(node, "strides", [1] * rank)
     dilations = _integers(node, "dilations", [1] * rank)
     pads = _integers(node, "pads", [0] * rank * 2)
     auto_pad = node.attributes.get("auto_pad")
-    grouped = _integers(node, "group", [1]) != [1]
+    (groups,) = _integers(node, "group", [1])
+    grouped = groups != 1 and math.prod(kernel) != 1
     too_large = math.prod(kernel) > _LARGEST_UNFOLDING * math.prod(strides)
     if grouped or too_large or (auto_pad is not None and auto_pad.as_string() != "NOTSET"):
         return []
@@ -109,12 +110,14 @@ def _conv(tape: _Tape, node: ir.Node) -> list[ir.Value | None]:
             bounds = [offset * dilation, end, axis + 2, stride]
             shifted.append(tape("Slice", x, *(tape.integers(n) for n in bounds)))
         x = tape("Concat", *shifted, axis=1)
-    reverse = list(range(rank + 1, 0, -1))
-    matrix = tape(
-        "Reshape", tape("Transpose", w, perm=[0, *reverse]), tape.integers(out_channels, -1)
-    )
+    # Groups come first, taps before channels; there is one group where there are several taps.
+    shape = tape.integers(groups, out_channels // groups, -1)
+    matrix = tape("Reshape", tape("Transpose", w, perm=[0, *range(rank + 1, 0, -1)]), shape)
     rows = tape("Transpose", x, perm=[0, *range(2, rank + 2), 1])
-    y = tape("MatMul", rows, tape("Transpose", matrix, perm=[1, 0]))
+    outer = [0] * (rank + 1)
+    rows = tape("Reshape", rows, tape.integers(*outer, groups, 1, in_channels * math.prod(kernel)))
+    y = tape("MatMul", rows, tape("Transpose", matrix, perm=[0, 2, 1]))
+    y = tape("Reshape", y, tape.integers(*outer, out_channels))
     if b is not None:
         y = tape("Add", y, b)
     return [tape("Transpose", y, perm=[0, rank + 1, *range(1, rank + 1)])]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -11,10 +12,12 @@ import onnx_ir as ir
 from onnx_tricks.graph.interface import Input, Interface
 from onnx_tricks.runtime.sessions import Array
 
-__all__ = ["Case", "Step", "plans", "prompts"]
+__all__ = ["Case", "Step", "plans", "prompts", "text"]
 
 # Sizes of dimensions of which only the name is known: small, and no two alike.
 _ODD_SIZES = (33, 7, 5, 11, 13, 17, 19, 23)
+_SOUND = 16_000  # samples in a second, as speech models take it
+_MULTIPLES = (1, 4, 2, 8, 3, 9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,25 +45,47 @@ class Case:
         batch: Number of rows.
         caches: What the caches hold before the first step, by input name.
         steps: The runs, in order.
+        apart: Whether its errors are judged by themselves, not together with those of others.
+        again: Makes the same case of other numbers, from a seed above 0; None where that cannot be.
     """
 
     name: str
     batch: int
     caches: Mapping[str, Array]
     steps: tuple[Step, ...]
+    apart: bool = False
+    again: Callable[[int], Case] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Guess:
+    """Of what a model leaves open and its names do not tell.
+
+    Attributes:
+        image: Height and width of images.
+        length: Of series of numbers; 0 where any may do.
+        multiple: Rows of ids by rows of anything else.
+        number: What an input that is one integer holds; 0 where it may be any.
+        marked: Whether ids that the model looks for are among the tokens.
+    """
+
+    image: tuple[int, int]
+    length: int
+    multiple: int
+    number: int
+    marked: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """Of a case: batch size, prompt length, lengths of later steps, left padding."""
+    """Of a case: batch size, prompt length, lengths of later steps, left padding, its numbers."""
 
     batch: int
     prompt: int
     steps: tuple[int, ...] = ()
     padded: bool = False
+    seed: int = 0
 
-
-_SOUND = 16_000  # samples in a second, as speech models take it
 
 # The error that a rounded cache brings shows where there is much to remember, and averages out.
 _LONG = (
@@ -75,6 +100,7 @@ _PLANS = (
     (_Shape(1, 7, (1, 1)), _Shape(1, 33, (1,)), _Shape(1, 1, (1,))),
     (_Shape(1, 1, (1, 1, 1)), _Shape(1, 1, (1,))),
     (_Shape(1, 4), _Shape(1, 1)),
+    (_Shape(2, 16),),  # what Optimum traces a model with
     (_Shape(1, 1),),
 )
 
@@ -92,15 +118,15 @@ def plans(interface: Interface, given: Given, *, long: bool = False) -> Iterator
     """
     tokens = bool(interface.role("ids"))
     seen = set()
-    for size in _sizes(interface):
-        for shapes in (_LONG, *_PLANS) if long else _PLANS:
-            fixed = tuple(dict.fromkeys(_fix(interface, shape) for shape in shapes))
-            if not tokens:
-                # The largest batch holds the cases of the others.
-                fixed = (_Shape(max(s.batch for s in fixed), 1),)
-            if (fixed, size) not in seen:
-                seen.add((fixed, size))
-                yield tuple(_Builder(interface, given, s, size).case() for s in fixed)
+    for shapes in (_LONG, *_PLANS) if long else _PLANS:
+        fixed = tuple(dict.fromkeys(_fix(interface, shape) for shape in shapes))
+        if not tokens:
+            # The largest batch holds the cases of the others.
+            fixed = (_Shape(max(s.batch for s in fixed), 1),)
+        if fixed not in seen:
+            seen.add(fixed)
+            for guess in _guesses(interface):
+                yield tuple(_Builder(interface, given, shape, guess).case() for shape in fixed)
 
 
 def prompts(interface: Interface, given: Given, batch: int, tokens: int) -> Iterator[Case]:
@@ -113,13 +139,44 @@ def prompts(interface: Interface, given: Given, batch: int, tokens: int) -> Iter
         tokens: Length of the rows, where there are tokens and the model does not fix it.
     """
     shape = _fix(interface, _Shape(batch, tokens))
-    for size in _sizes(interface):
-        yield _Builder(interface, given, shape, size).case()
+    for guess in _guesses(interface):
+        yield _Builder(interface, given, shape, guess).case()
 
 
-def _sizes(interface: Interface) -> tuple[int, ...]:
-    """What to try where only the name of a dimension is known: images, sounds; 0 is a small one."""
-    return (0,) if interface.role("ids") else (*interface.image_sizes, _SOUND)
+def text(interface: Interface, given: Given, ids: Array, steps: tuple[int, ...] = ()) -> Case:
+    """Make a case of a text: a prompt, and its last tokens in steps.
+
+    Args:
+        interface: The interface of a model that takes tokens, and caches that may be empty.
+        given: As for `plans`.
+        ids: The tokens, [B, T].
+        steps: Numbers of tokens, less than T together.
+    """
+    shape = _Shape(len(ids), ids.shape[1] - sum(steps), steps)
+    builder = _Builder(interface, given, shape, next(_guesses(interface)))
+    builder.text = ids
+    return dataclasses.replace(builder.case(), name="text of its own", apart=True, again=None)
+
+
+def _guesses(interface: Interface) -> Iterator[_Guess]:
+    """Yield what to try for what a model leaves open, the most likely first."""
+    images: tuple[tuple[int, int], ...] = ((0, 0),)
+    lengths: tuple[int, ...] = (0,)
+    multiples: tuple[int, ...] = (1,)
+    numbers: tuple[int, ...] = (0,)
+    for value in interface.inputs:
+        if value.image is not None:
+            images = value.image.sizes
+        elif value.role == "ids" and "_x_" in str(value.dims[0]):
+            multiples = _MULTIPLES
+        elif value.dtype.is_floating_point() and not interface.role("ids"):
+            wave = len(value.dims) == 2
+            lengths = (_SOUND,) * wave + (0, *interface.lengths) + (_SOUND,) * (not wave)
+        elif value.role == "other" and value.dims in ((), (1,)):
+            numbers = (0, _ODD_SIZES[0])
+    marked = (True, False) if any(v.markers for v in interface.role("ids")) else (False,)
+    for choice in itertools.product(images, lengths, multiples, numbers, marked):
+        yield _Guess(*choice)
 
 
 def _fix(interface: Interface, shape: _Shape) -> _Shape:
@@ -139,14 +196,26 @@ def _fix(interface: Interface, shape: _Shape) -> _Shape:
 class _Builder:
     """Builds one case."""
 
-    def __init__(self, interface: Interface, given: Given, shape: _Shape, size: int) -> None:
+    def __init__(self, interface: Interface, given: Given, shape: _Shape, guess: _Guess) -> None:
         self.interface = interface
         self.given = given
         self.shape = shape
-        self.size = size
-        self.symbols: dict[str, int] = {}
+        self.guess = guess
+        self.text: Array | None = None
+        self.symbols: dict[str, int] = {}  # sizes by the names of dimensions
+        self.unnamed = list(_ODD_SIZES)
+        self.kept: dict[tuple[str, tuple[int, ...]], Array] = {}
+        for value in interface.inputs:
+            array = given(value.name, shape.batch)
+            if array is not None:
+                self._name(value.dims[1:], array.shape[1:])
+            elif value.image is not None:
+                self._name(value.dims[2:], guess.image)
+            elif guess.length and value.dtype.is_floating_point():
+                self._name(value.dims[1:], [guess.length] * len(value.dims))
         # Seeded by what the case is, so that equal cases of two runs hold equal numbers.
-        self.random = np.random.default_rng((shape.batch, shape.prompt, len(shape.steps)))
+        case = shape.batch, shape.prompt, len(shape.steps), shape.seed
+        self.random = np.random.default_rng(case)
 
     def case(self) -> Case:
         shape = self.shape
@@ -160,6 +229,8 @@ class _Builder:
         for index, new in enumerate(lengths):
             valid = np.ones((shape.batch, past + new), bool)
             valid[1::2, :padding] = False
+            for value in self.interface.role("ids"):
+                self._name(value.dims[1:], (new,))
             feeds = {
                 value.name: self._value(value, valid, new, index)
                 for value in self.interface.inputs
@@ -170,32 +241,66 @@ class _Builder:
         name = f"batch {shape.batch}"
         if self.interface.role("ids"):
             name += f", {shape.prompt} tokens" + (" with left padding" if padding else "")
-        return Case(name, shape.batch, caches, tuple(steps))
+        return Case(name, shape.batch, caches, tuple(steps), again=self._again)
+
+    def _again(self, seed: int) -> Case:
+        shape = dataclasses.replace(self.shape, seed=seed)
+        return _Builder(self.interface, self.given, shape, self.guess).case()
+
+    def _name(self, dims: Iterable[int | str | None], sizes: Iterable[int]) -> None:
+        self.symbols |= {
+            n: size for n, size in zip(dims, sizes, strict=False) if isinstance(n, str)
+        }
 
     def _value(self, value: Input, valid: Array, new: int, index: int) -> Array:
         shape = self.shape
         given = self.given(value.name, shape.batch)
         if given is not None:
             return given
+        if value.role == "ids" and self.text is not None:
+            return self.text[:, : valid.shape[1]][:, -new:]
         if value.role == "ids":
-            return self.random.integers(0, value.limit or 2, (shape.batch, new))
+            rows = shape.batch * self.guess.multiple
+            ids = self.random.integers(0, value.limit or 2, (rows, new))
+            if self.guess.marked:
+                # At the end, where no padding is, and not next to each other.
+                ends = range(2, new + 1, 2)
+                for end, marker in zip(ends, value.markers, strict=False):
+                    ids[:, -end] = marker
+            return ids
         if value.role == "branch":
             return np.array([index > 0])
         if value.role == "positions":
             positions = np.maximum(np.cumsum(valid, axis=1) - 1, 0)[:, -new:]
             return positions if len(value.dims) == 2 else np.arange(valid.shape[1])[-new:]
-        if value.role == "mask":
-            encoder = "encoder" in value.name.replace("decoder", "")
-            dims = self._dims(value)
-            return np.ones(dims, np.int64) if encoder else valid.astype(np.int64)
+        if value.role == "mask" and not self._masks_another(value, valid.shape[1]):
+            return valid.astype(np.int64)
         dims = self._dims(value)
-        if value.dtype.is_floating_point():
-            array = self.random.standard_normal(dims).astype(np.float32)
-            # What the model reads and what the float64 reference reads is the same number.
-            return array.astype(np.float16) if value.dtype == ir.DataType.FLOAT16 else array
         if value.dtype == ir.DataType.BOOL or "mask" in value.name:
             return np.ones(dims, np.int64)
-        return self.random.integers(0, value.limit or 2, dims)
+        if value.dtype.is_floating_point():
+            # All steps of a case read the same states.
+            key = value.name, dims
+            if key not in self.kept:
+                self.kept[key] = self.random.standard_normal(dims).astype(np.float32)
+            array = self.kept[key]
+            # What the model reads and what the float64 reference reads is the same number.
+            return array.astype(np.float16) if value.dtype == ir.DataType.FLOAT16 else array
+        if self.guess.number and value.dims in ((), (1,)):
+            return np.full(dims, self.guess.number)
+        numbers = self.random.integers(0, value.limit or 2, dims)
+        # The far corner of a box comes after the near one.
+        return np.sort(numbers) if len(dims) == 3 and value.dims[-1] == 4 else numbers
+
+    def _masks_another(self, mask: Input, tokens: int) -> bool:
+        """Whether a mask tells the padding of states or images, and not of so many tokens."""
+        if isinstance(mask.dims[1], int) or not self.interface.role("ids"):
+            return mask.dims[1] != tokens
+        others = self.interface.role("other")
+        named = {dim for value in others for dim in value.dims[1:] if isinstance(dim, str)}
+        named -= {dim for value in self.interface.role("ids") for dim in value.dims}
+        encoder = "encoder" in mask.name.replace("decoder", "")
+        return encoder or mask.dims[1] in named
 
     def _cache(self, value: Input) -> Array:
         given = self.given(value.name, self.shape.batch)
@@ -213,14 +318,13 @@ class _Builder:
         if isinstance(dim, int):
             return dim
         name = dim or f"{value.name}.{axis}"
+        if name in self.symbols:
+            return self.symbols[name]
+        if value.image is not None and axis:
+            return value.image.channels if axis == 1 else self.guess.image[axis - 2]
         if "batch" in name or axis == 0:
             return self.shape.batch
-        if len(value.dims) == 4 and axis == 1:
-            return 3  # colours
-        if len(value.dims) == 4 and self.size < _SOUND:
-            return self.size or _ODD_SIZES[0]
-        if len(value.dims) < 4 and self.size == _SOUND:
-            return _SOUND
-        if name not in self.symbols:
-            self.symbols[name] = _ODD_SIZES[len(self.symbols) % len(_ODD_SIZES)]
+        if self.guess.length and value.dtype.is_floating_point():
+            return self.guess.length
+        self.symbols[name] = self.unnamed.pop(0) if self.unnamed else _ODD_SIZES[1]
         return self.symbols[name]

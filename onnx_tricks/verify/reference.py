@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
 from onnx_tricks.errors import TricksError
-from onnx_tricks.graph.constants import is_constant
+from onnx_tricks.graph.constants import stored_tensor
 from onnx_tricks.graph.shapes import annotate, dtype_of
 from onnx_tricks.runtime.sessions import Session, SessionError
 from onnx_tricks.verify.expand import expand
@@ -55,6 +55,7 @@ def raise_to_double(model: ir.Model) -> collections.Counter[str]:
     annotate(model)
     raiser = _Raiser(model.opset_imports)
     raiser.graph(model.graph)
+    common_passes.NameFixPass()(model)  # what was put into a branch may be named as outside
     if not raiser.raised:
         raise CannotRaise("it holds nothing narrower than float64")
     linear = sum(node.op_type in _LINEAR for node in model.graph.all_nodes())
@@ -167,14 +168,14 @@ def _decisions(graph: ir.Graph) -> set[ir.Node]:
         pending = [last.inputs[0]]
         while pending:
             value = pending.pop()
-            node = value.producer() if value is not None else None
-            if value is None or is_constant(value) or node in chain:
+            integer = value is not None and dtype_of(value) not in {*_FLOATING, None}
+            if value is None or integer or stored_tensor(value) is not None:
                 continue
+            node = value.producer()
             if node is None or len(chain) > _LONGEST_DECISION:
                 break  # weights or activations have a part in it
-            chain.add(node)
-            source = node.inputs[0] if node.inputs else None
-            if node.op_type != "Cast" or (source and dtype_of(source) in _FLOATING):
+            if node not in chain:
+                chain.add(node)
                 pending += node.inputs
         else:
             found |= chain | ({last} if chain else set())
@@ -200,7 +201,8 @@ def _dtype(node: ir.Node, attribute: str) -> ir.DataType | None:
 
 def _constant_type(node: ir.Node) -> ir.DataType | None:
     if "value" in node.attributes:
-        return node.attributes["value"].as_tensor().dtype
+        dtype: ir.DataType = node.attributes["value"].value.dtype
+        return dtype
     kinds = {"value_float": ir.DataType.FLOAT, "value_floats": ir.DataType.FLOAT}
     kinds |= {"value_int": ir.DataType.INT64, "value_ints": ir.DataType.INT64}
     return next((dtype for name, dtype in kinds.items() if name in node.attributes), None)

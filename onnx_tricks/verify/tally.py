@@ -14,6 +14,9 @@ from onnx_tricks.verify.inputs import Step
 
 __all__ = ["SINGLE", "Finding", "Tally", "counted"]
 
+# Over this many numbers the ratio of two roundings is not chance any more.
+_ENOUGH = 1000
+
 SINGLE = float(np.finfo(np.float32).eps)
 
 
@@ -23,7 +26,7 @@ class Finding:
 
     Attributes:
         output: Name of the output.
-        phase: "prompt", or "step" of decoding.
+        phase: "prompt", or "step" of decoding; and of what, where that is judged apart.
         before: Relative error of the original.
         after: Relative error of the candidate.
         allowed: Largest error that passes.
@@ -69,6 +72,7 @@ class _Sums:
     before: float = 0.0
     after: float = 0.0
     size: float = 0.0
+    count: int = 0
     worst: float = -1.0
     case: str = ""
 
@@ -124,15 +128,29 @@ class Tally:
             problem = _problem(step, right, before, after)
             if problem:
                 self._problems.setdefault((name, phase), (problem, case))
-            elif after is not None and _floating(right):
-                sums = self._sums.setdefault((name, phase), _Sums(self._eps or _eps(before)))
+            elif after is not None:
+                eps = self._eps or (_eps(before) if _floating(before) else SINGLE)
+                sums = self._sums.setdefault((name, phase), _Sums(eps))
+                if not _floating(right):
+                    continue  # equal
                 keep = counted(right, step) & np.isfinite(right) & np.isfinite(before)
                 size, error = _squares(right, None, keep), _squares(after, right, keep)
                 sums.size += size
+                sums.count += int(np.count_nonzero(keep))
                 sums.before += _squares(before, right, keep)
                 sums.after += error
                 if error > sums.worst * size:
                     sums.worst, sums.case = error / size if size else math.inf, case
+
+    @property
+    def uncertain(self) -> bool:
+        """Whether the rule is broken over so few numbers that it may be chance."""
+        return any(
+            not finding.passed
+            and not finding.problem
+            and self._sums[finding.output, finding.phase].count < _ENOUGH
+            for finding in self.findings()
+        )
 
     def findings(self) -> Iterator[Finding]:
         """Yield one finding for every output and phase."""

@@ -85,6 +85,58 @@ def test_an_image_has_the_size_that_its_position_table_asks_for() -> None:
     assert others
 
 
+def test_axes_with_the_name_of_one_of_the_ids_are_as_long() -> None:
+    text = """
+    g (int64[b,s] input_ids, int64[b,s,4] bbox, float[b,v,6] features, int64[b,v] feature_mask)
+      => (float[b,s,4] y) <float[11,4] words, float[50,4] corners>
+    { p = Gather(words, input_ids) left = Gather<axis = 2>(bbox, zero)
+      q = Gather(corners, left) y = Add(p, q) }"""
+    for cases in all_plans(text):
+        for case in cases:
+            feeds = case.steps[0].feeds
+            length = feeds["input_ids"].shape[1]
+            assert feeds["bbox"].shape == (case.batch, length, 4)
+            assert 0 <= feeds["bbox"].min() <= feeds["bbox"].max() < 50
+            assert (np.diff(feeds["bbox"]) >= 0).all()  # far corners come after near ones
+            assert feeds["feature_mask"].shape == feeds["features"].shape[:2]
+
+
+def test_ids_that_a_model_looks_for_are_among_the_tokens() -> None:
+    text = """
+    g (int64[b,s] input_ids) => (float[b,s,4] y) <float[9,4] w, int64 image = {9}>
+    { m = Equal(input_ids, image) k = Where(m, image, input_ids) y = Gather(w, k) }"""
+    marked, plain, *_ = all_plans(text)
+    assert all((case.steps[0].feeds["input_ids"] == 9).any() for case in marked[:2])
+    assert all((case.steps[0].feeds["input_ids"] < 9).all() for case in plain)
+
+
+def test_rows_of_ids_may_be_a_multiple_of_the_rows_of_all_else() -> None:
+    text = """
+    g (int64[batch_x_books,s] input_ids, float[batch,n,8] states) => (float[b,s,4] y)
+    <float[9,4] w> { y = Gather(w, input_ids) }"""
+    rows = set()
+    for case, *_ in all_plans(text):
+        feeds = case.steps[0].feeds
+        rows.add(feeds["input_ids"].shape[0] // feeds["states"].shape[0])
+    assert {1, 2, 4} <= rows
+
+
+def test_an_image_keeps_the_sides_that_the_model_fixes() -> None:
+    text = """
+    g (float[b,c,24,w] pixel_values) => (float[b,8,i,j] y) <float[8,3,4,4] patch>
+    { y = Conv<strides = [4, 4]>(pixel_values, patch) }"""
+    for (case,) in all_plans(text):
+        assert case.steps[0].feeds["pixel_values"].shape[:3] == (case.batch, 3, 24)
+
+
+def test_numbers_differ_from_seed_to_seed(demo) -> None:
+    interface = read_interface(load_model(demo["fp32"]).model)
+    case = next(plans(interface, nothing_given))[0]
+    ids = [one.steps[0].feeds["input_ids"] for one in (case, case.again(1), case.again(2))]
+    assert ids[0].shape == ids[1].shape == ids[2].shape
+    assert len({one.tobytes() for one in ids}) == 3
+
+
 def test_a_merged_decoder_takes_its_first_branch_first() -> None:
     text = """
     g (int64[b,s] input_ids, bool[1] use_cache_branch, float[b,2,p,4] past_key)

@@ -17,7 +17,7 @@ import onnx_tricks
 from onnx_tricks.errors import UsageError
 from onnx_tricks.verify import Verification, verify
 from tests import toys
-from tests.verify.conftest import change, parse
+from tests.verify.conftest import change, parse, tensors
 
 LN = "z = LayerNormalization(x, g, beta) y = MatMul(z, w)"
 DEEP = (
@@ -273,3 +273,43 @@ def test_a_report_holds_plain_numbers(demo) -> None:
     report = verify(demo["fp32"], demo["fp32"]).to_dict()
     assert report["status"] == "passed"
     assert math.isfinite(report["error_before"])
+
+
+def test_few_numbers_are_judged_over_more_cases(tmp_path: Path) -> None:
+    """The original happens to round two numbers well, here; no model is to fail for that."""
+    body = """
+    g (float[b,16] x) => (float[b,1] y) <float[16,1] w, float[16] c>
+    { z = Mul (x, c) y = MatMul (z, w) }"""
+    random = np.random.default_rng(6)
+    w, c = random.standard_normal((16, 1)), random.uniform(0.5, 2, 16)
+    w, c = w.astype(np.float32), c.astype(np.float32)
+
+    def write(name: str, w: np.ndarray, c: np.ndarray) -> Path:
+        model = parse(body)
+        for tensor, array in zip(tensors(model), (w, c), strict=True):
+            change(tensor, lambda _, array=array: array)
+        onnx.save(model, tmp_path / name)
+        return tmp_path / name
+
+    original = write("original.onnx", w, np.ones(16))
+    rescaled = write("rescaled.onnx", w / c[:, None], c)
+    result = verify(original, rescaled)
+    assert (result.status, result.cases) == ("passed", 32)
+    wrong = write("wrong.onnx", w / c[:, None] * np.float32(1 + 1e-6), c)
+    assert verify(original, wrong).status == "failed"
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "patchtst",  # a series, of a length that only constants tell
+        "layoutlmv3",  # boxes and images beside the tokens
+        "vit_mae",  # random numbers
+        "deberta-v2",  # buckets of positions inside an If
+    ],
+)
+def test_inputs_are_found_for_models_that_ask_for_more_than_tokens(export, family) -> None:
+    model = export(family) / "model.onnx"
+    result = verify(model, model)
+    assert (result.status, result.reference) == ("passed", "float64")
+    assert 0 < result.error_before < 1e-5

@@ -182,3 +182,35 @@ def test_positions_fall_into_the_buckets_that_the_model_says() -> None:
     found = Session(model, optimised=False).run(feeds)
     np.testing.assert_array_equal(found["bucket"], expected)
     assert found["y"].dtype == np.float64
+
+
+def test_buckets_inside_a_branch_are_those_of_the_model() -> None:
+    """DeBERTa works them out in an If, from lengths that come from outside."""
+    branch = helper.make_graph(
+        [
+            helper.make_node("Cast", ["position"], ["inner"], to=TensorProto.FLOAT),
+            helper.make_node("Cast", ["seven"], ["wide"], to=TensorProto.FLOAT),
+            helper.make_node("Div", ["inner", "wide"], ["tenth"]),
+            helper.make_node("Cast", ["tenth"], ["bucket"], to=TensorProto.INT64),
+            helper.make_node("Cast", ["bucket"], ["result"], to=TensorProto.FLOAT),
+        ],
+        "branch",
+        [],
+        [helper.make_tensor_value_info("result", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.array(7, np.int64), "seven")],
+    )
+    model = parse("g (int64[N] position, bool c, float[N] x) => (float[N] y) { y = Neg(x) }")
+    del model.graph.node[:]
+    model.graph.node.extend(
+        [
+            helper.make_node("If", ["c"], ["bias"], then_branch=branch, else_branch=branch),
+            helper.make_node("Add", ["x", "bias"], ["y"]),
+        ]
+    )
+    wide = ir.from_proto(model)
+    raise_to_double(wide)
+    position = np.arange(50)
+    feeds = {"position": position, "c": np.array(True), "x": np.zeros(50)}
+    found = Session(wide, optimised=False).run(feeds)["y"]
+    assert found.dtype == np.float64
+    np.testing.assert_array_equal(found, position // 7)
