@@ -14,7 +14,7 @@ from onnx_tricks.graph.edit import add_constant, insert
 from onnx_tricks.graph.names import node_name
 from onnx_tricks.graph.shapes import dtype_of
 from onnx_tricks.patterns.homogeneous import End, spread
-from onnx_tricks.patterns.norm import Norm, find_norms, norm_entries
+from onnx_tricks.patterns.norm import Norm, find_norms
 from onnx_tricks.rewrite import Pass, Site, Skip
 from onnx_tricks.runtime.activations import observe
 
@@ -64,9 +64,7 @@ class CancelNorm(Pass):
     def sites(self, model: ir.Model) -> Iterator[Site | Skip]:
         """Yield the norms that can be dropped, and what feels the others."""
         norms = [one for one in find_norms(model) if isinstance(one, Norm)]
-        entries = {
-            use: one for one in norms if one.kind in ("rms", "layer") for use in norm_entries(one)
-        }
+        entries = {use: one for one in norms if one.kind in ("rms", "layer") for use in one.entries}
         order = {node: place for place, node in enumerate(model.graph.all_nodes())}
         found: dict[int, tuple[End, ...]] = {}
         for index, norm in enumerate(norms):
@@ -119,7 +117,8 @@ class CancelNorm(Pass):
         assert isinstance(site, Cancellation)
         norm = site.norm
         assert norm is not None
-        value, given = norm.source, dtype_of(norm.source) or norm.dtype
+        source = value = norm.read
+        given = dtype_of(source) or norm.dtype
         name = f"{node_name(norm.node)}/cancelled"
         if given != norm.dtype:
             to = ir.AttrInt64("to", norm.dtype)
@@ -139,7 +138,7 @@ class CancelNorm(Pass):
                 norm.node, "Mul", [value, gain], name=name, model=model, dtype=norm.dtype
             )
         value.meta.update(norm.output.meta)
-        if value is not norm.source:
+        if value is not source:
             value.shape = norm.output.shape
         norm.output.replace_all_uses_with(value)
 

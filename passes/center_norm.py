@@ -81,6 +81,11 @@ class Part:
     apart: tuple[Term, ...]
 
     @property
+    def means(self) -> int:
+        """How many means are taken off now: several norms may read one difference."""
+        return len({reader.difference or reader.norm.output for reader in self.readers})
+
+    @property
     def made(self) -> list[Made]:
         """The constants that are centred, as they are read."""
         return [one for term in self.stream.terms if term not in self.apart for one in term.made]
@@ -257,7 +262,7 @@ def _settle(parts: dict[int, Part]) -> Iterator[Site | Skip]:
         conflicts = find_conflicts(_claims(parts))
         for owner in {one.claim.owner for one in conflicts}:
             parts[owner] = _without(parts[owner], conflicts)
-        refused = {i: p for i, p in parts.items() if 2 * len(p.apart) > len(p.readers)}
+        refused = {i: p for i, p in parts.items() if 2 * len(p.apart) > p.means}
         for index, part in refused.items():
             # One that stands where a mean has been taken off already has nothing left to gain.
             if any(reader.norm.kind == "layer" for reader in part.readers):
@@ -291,7 +296,7 @@ def _term_reason(part: Part) -> str:
     source = f"{node.op_type} {node_name(node)!r}" if node is not None else f"{term.value.name!r}"
     return (
         f"{source} enters the residual stream and has no weight of its own to centre: taking means "
-        f"off while the model runs ({len(part.apart)} terms for {len(part.readers)} norms) saves "
+        f"off while the model runs ({len(part.apart)} terms for {part.means} norms) saves "
         "nothing"
     )
 

@@ -131,7 +131,7 @@ class DeferNorm(Pass):
                 _separate_bias(model, linear)
         for product in site.products:
             insert_after(model, product.value, "Mul", scales.get(product.power, product.flat))
-        norm.output.replace_all_uses_with(norm.source)
+        norm.output.replace_all_uses_with(norm.read)
 
 
 class _Scales:
@@ -161,7 +161,7 @@ class _Scales:
 
     def sum_of_squares(self) -> ir.Value:
         if self.total is None:
-            rows = self.cast(self.norm.source, self.type)
+            rows = self.cast(self.norm.read, self.type)
             if self.model.opset_imports.get("", 1) < _AXES_ARE_INPUTS:
                 total = self.put("ReduceSumSquare", rows, axes=[-1], keepdims=1)
             else:

@@ -412,7 +412,7 @@ def _make_plain(model: ir.Model, norm: Norm, kept: _Array | None) -> None:
             model,
             norm.node,
             norm.kind,
-            norm.source,
+            norm.read,
             width=norm.width,
             epsilon=norm.epsilon,
             dtype=norm.dtype,
@@ -420,7 +420,8 @@ def _make_plain(model: ir.Model, norm: Norm, kept: _Array | None) -> None:
             name=name,
         )
     else:
-        powers = sorted(((f.value, f.exponent) for f in norm.core), key=lambda p: p[1] != 1)
+        core = [(norm.read if f.value is norm.source else f.value, f.exponent) for f in norm.core]
+        powers = sorted(core, key=lambda p: p[1] != 1)
         plain = write_product(model, norm.node, powers, dtype=norm.dtype, bias=bias, name=name)
     plain.shape = norm.output.shape
     plain.meta.update(norm.output.meta)

@@ -73,6 +73,10 @@ INTEGERS = {
     "start": np.array([1]),
     "stop": np.array([3]),
     "far": np.array([np.iinfo(np.int64).max]),
+    "before_all": np.array([-np.iinfo(np.int64).max]),
+    "pair": np.array([2]),
+    "pairs": np.array([-1, 2]),
+    "channel_pads": np.array([0, 0, 0, 0, 0, D]),
     "no_pads": np.array([0, 1, 0, 0, 0, 0]),
 }
 

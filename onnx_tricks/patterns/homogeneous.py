@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from onnx_tricks.graph.constants import is_constant
 from onnx_tricks.graph.shapes import dim
+from onnx_tricks.patterns.entries import Known
 from onnx_tricks.patterns.linear import find_linear
 from onnx_tricks.patterns.moves import Channels, Obstacle, follow
 from onnx_tricks.patterns.norm import Norm
@@ -78,6 +79,7 @@ def spread(norm: Norm, order: Mapping[ir.Node, int], entries: Mapping[Use, Norm]
         entries: The uses by which norms read their input, and the norm of each.
     """
     states = {norm.output: _State(norm.axis, norm.width)}
+    lengths = {(norm.output, norm.axis): norm.width}
     ends: dict[ir.Node, End] = {}
     pending: list[tuple[int, ir.Node]] = []
     queued: set[ir.Node] = set()
@@ -101,18 +103,19 @@ def spread(norm: Norm, order: Mapping[ir.Node, int], entries: Mapping[Use, Norm]
     obstacle = visit(norm.output)
     while pending and obstacle is None:
         _, node = heapq.heappop(pending)
-        found = _through(node, states)
+        found = _through(node, states, lengths)
         if isinstance(found, Obstacle):
             obstacle = found
             break
         for output, state in found:
             states[output] = state
+            lengths[output, state.axis] = state.width
             obstacle = obstacle or visit(output)
     return Spread(tuple(ends.values()), obstacle)
 
 
 def _through(
-    node: ir.Node, states: Mapping[ir.Value, _State]
+    node: ir.Node, states: Mapping[ir.Value, _State], lengths: Known
 ) -> list[tuple[ir.Value, _State]] | Obstacle:
     """What a factor on the inputs of a node makes of its outputs."""
     known = [
@@ -139,12 +142,14 @@ def _through(
     divides = node.op_type == "Div" and index == 0
     if node.domain == "" and (divides or node.op_type == "Mul") and is_constant(others[0]):
         return [(output, state)]
-    return _single(node, index, state)
+    return _single(node, index, state, lengths)
 
 
-def _single(node: ir.Node, index: int, state: _State) -> list[tuple[ir.Value, _State]] | Obstacle:
+def _single(
+    node: ir.Node, index: int, state: _State, lengths: Known
+) -> list[tuple[ir.Value, _State]] | Obstacle:
     """A move of whole rows, or a linear layer."""
-    moved = follow(node, index, Channels(state.axis, 0, state.width))
+    moved = follow(node, index, Channels(state.axis, 0, state.width), lengths)
     if isinstance(moved, Obstacle):
         # Rows split into heads stay rows: no head holds numbers of two of them.
         head = dim(node.outputs[0], -1) if node.op_type == "Reshape" else None

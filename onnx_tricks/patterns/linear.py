@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_tricks.graph.constants import evaluate
-from onnx_tricks.graph.shapes import rank_of
+from onnx_tricks.graph.shapes import rank_of, shape_of
 from onnx_tricks.patterns.weight import Weight, trace_weight
 from onnx_tricks.weights import row_product
 
@@ -160,6 +160,29 @@ def _attention(node: ir.Node, index: int, axis: int) -> Linear | str:
     return Linear(node, weight, 1, present, 2, None, _row_times if fits else None)
 
 
+def _experts(node: ir.Node, index: int, axis: int) -> Linear | str:
+    """com.microsoft MoE: the first matrices of all experts, inside the operator."""
+    if index != 0 or axis != -1:
+        return "uses it for something else than the input of experts"
+    given = [*node.inputs, *(None,) * 7][:7]
+    if given[6] is not None:
+        return "multiplies it with two matrices of each expert"
+    # Experts [E, F, D] and [E, D, F], or as older versions had them [E, D, F] and [E, F, D].
+    first, second = (shape_of(one) if one is not None else None for one in (given[2], given[4]))
+    if first is None or second is None or len(first) != 3 or len(second) != 3:
+        return "multiplies it with something that is not a constant weight"
+    places = [place for place in (-1, -2) if first[place] == second[-3 - place]]
+    weight = trace_weight(given[2], places[0]) if len(places) == 1 else None
+    if weight is None:
+        return "holds experts whose layout cannot be told, or that are no constants"
+
+    def contribution(matrix: _Array, row: _Array) -> _Array:
+        return row_product(row, np.swapaxes(matrix, -1, -2) if places[0] == -1 else matrix)
+
+    fits = given[3] is None or evaluate(given[3]) is not None
+    return Linear(node, weight, 2, given[3], 3, None, contribution if fits else None)
+
+
 def _row_times(matrix: _Array, row: _Array) -> _Array:
     return row_product(row, matrix)
 
@@ -206,5 +229,6 @@ _FINDERS: dict[tuple[str, str], Callable[[ir.Node, int, int], Linear | str]] = {
     ("", "Conv"): _conv,
     (_MICROSOFT, "FusedConv"): _conv,
     (_MICROSOFT, "Attention"): _attention,
+    (_MICROSOFT, "MoE"): _experts,
     ("", "Einsum"): _einsum,
 }

@@ -154,8 +154,8 @@ def _matmul_of_gemm(node: ir.Node, axis: int) -> _Found:
 def _conv(node: ir.Node, axis: int) -> _Found:
     kernel = node.inputs[1]
     rank = rank_of(kernel) if kernel is not None else None
-    if rank is None or axis != 1 - rank:
-        return []
+    if rank is None or axis != 1 - rank or node.attributes.get_int("group", 1) != 1:
+        return []  # the channels of two groups are made from different inputs: no common mean
     biased = len(node.inputs) > 2 and node.inputs[2] is not None
     return [(1, 0), (2, 0)] if biased else [(1, 0)]
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 
 import onnx_ir as ir
 
-from onnx_tricks.graph.constants import evaluate, is_whole_shape, scalar
+from onnx_tricks.graph.constants import evaluate, scalar
 from onnx_tricks.graph.shapes import dim, rank_of, shape_of
-from onnx_tricks.patterns.statistic import is_row_statistic
+from onnx_tricks.patterns.entries import Known, entry, repeats
+from onnx_tricks.patterns.statistic import is_row_statistic, reduced_axes
 
-__all__ = ["Channels", "Obstacle", "follow"]
+__all__ = ["Channels", "Obstacle", "average", "follow"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,22 +55,23 @@ class Obstacle:
 
 
 _Moved = list[tuple[ir.Value, Channels]]
-_ANY_LENGTH = 1 << 16
-_Known = tuple[ir.Value | None, Channels]
-"""A value whose channels are known, whatever shape inference makes of it."""
 _QUANTISED = (
     "DynamicQuantizeLinear DynamicQuantizeMatMul GatherBlockQuantized MatMulBnb4 MatMulInteger "
     "MatMulIntegerToFloat MatMulNBits QAttention QLinearMatMul QMoE QOrderedMatMul QuantizeLinear"
 ).split()
 
 
-def follow(node: ir.Node, index: int, channels: Channels) -> _Moved | Obstacle | None:
+def follow(
+    node: ir.Node, index: int, channels: Channels, known: Known = MappingProxyType({})
+) -> _Moved | Obstacle | None:
     """Follow channels through one reader.
 
     Args:
         node: The reader.
         index: Which of its inputs holds the channels.
         channels: Where they lie in it.
+        known: Lengths of axes that shape inference may not know: where channels lie in values
+            that the reader may take its shape from.
 
     Returns:
         The outputs that hold them now; an obstacle; or None when the node moves nothing and has to
@@ -80,12 +83,40 @@ def follow(node: ir.Node, index: int, channels: Channels) -> _Moved | Obstacle |
             "multiplies it with quantised weights, whose scales do not run along the input axis: "
             "optimise the model before quantising it",
         )
-    mover = _MOVERS.get(node.op_type) if node.domain == "" else None
-    if mover is None:
+    if node.domain != "" or node.op_type not in _MOVERS.keys() | _MEASURING.keys():
         return None
     if index != 0 and node.op_type not in ("Mul", "Where"):
         return Obstacle(node, "uses it as more than data")
-    return mover(node, index, channels)
+    if node.op_type in _MOVERS:
+        return _MOVERS[node.op_type](node, index, channels)
+    data = node.inputs[index]
+    assert data is not None
+    return _MEASURING[node.op_type](
+        node, channels, {**known, (data, channels.axis): channels.width}
+    )
+
+
+def average(node: ir.Node, channels: Channels) -> _Moved | None:
+    """Follow channels through a mean over rows: what is done alike to all rows is done to it.
+
+    Args:
+        node: The reader.
+        channels: Where the channels lie in its first input.
+
+    Returns:
+        The mean; None where the node is anything else, or averages channels.
+    """
+    source, output = node.inputs[0], node.outputs[0]
+    if node.domain != "" or node.op_type not in ("GlobalAveragePool", "ReduceMean"):
+        return None
+    rank = rank_of(source) if source is not None else None
+    if node.op_type == "GlobalAveragePool":
+        return [(output, channels)] if rank is not None and channels.axis == 1 - rank else None
+    axes = reduced_axes(source, _axes(node, 1)) if source is not None else None
+    if not axes or channels.axis in axes:
+        return None
+    gone = 0 if node.attributes.get_int("keepdims", 1) else sum(a > channels.axis for a in axes)
+    return [(output, dataclasses.replace(channels, axis=channels.axis + gone))]
 
 
 def _same(node: ir.Node, _: int, channels: Channels) -> _Moved | Obstacle:
@@ -105,63 +136,14 @@ def _dropout(node: ir.Node, index: int, channels: Channels) -> _Moved | Obstacle
     return _same(node, index, channels)
 
 
-def _reshape(node: ir.Node, _: int, channels: Channels) -> _Moved | Obstacle:
+def _reshape(node: ir.Node, channels: Channels, known: Known) -> _Moved | Obstacle:
     output = node.outputs[0]
     length = dim(output, -1)
     if length is None and node.op_type == "Reshape":
-        length = _entry(node.inputs[1], -1, (node.inputs[0], channels))
+        length = entry(node.inputs[1], -1, known)
     if channels.axis != -1 or length != channels.width:
         return Obstacle(node, "does not keep its channels on one axis, or not visibly so")
     return [(output, channels)]
-
-
-def _entry(vector: ir.Value | None, place: int, known: _Known) -> int | None:
-    """One entry, counted from the end, of a vector of integers, as far as it can be told."""
-    array = evaluate(vector)
-    if array is not None:
-        fits = array.ndim <= 1 and array.dtype.kind == "i" and -place <= array.size
-        return int(array.reshape(-1)[place]) if fits else None
-    node = vector.producer() if vector is not None else None
-    if node is None or node.domain != "" or node.inputs[0] is None:
-        return None
-    if node.op_type == "Shape" and is_whole_shape(node):
-        value, channels = known
-        if node.inputs[0] is value and place == channels.axis:
-            return channels.width
-        return dim(node.inputs[0], place)
-    if node.op_type in ("Cast", "Identity"):
-        return _entry(node.inputs[0], place, known)
-    if node.op_type in ("Squeeze", "Unsqueeze"):
-        # Between a number and a vector of one entry.
-        return _entry(node.inputs[0], place, known) if place == -1 else None
-    if node.op_type in ("Gather", "Slice"):
-        return _picked_entry(node, place, known)
-    if node.op_type == "Concat":
-        for piece in reversed(node.inputs):
-            length = dim(piece, 0) if piece is not None else None
-            if length is None or -place <= length:
-                return _entry(piece, place, known) if length is not None else None
-            place += length
-    return None
-
-
-def _picked_entry(node: ir.Node, place: int, known: _Known) -> int | None:
-    """An entry of a Gather or Slice of a vector."""
-    source, *rest = node.inputs
-    numbers = [evaluate(operand) for operand in rest]
-    if source is None or any(array is None or array.size != 1 for array in numbers):
-        return None
-    values = [int(array.reshape(())) for array in numbers if array is not None]
-    length = dim(source, 0)
-    if length is None:
-        # Counting from the end, any length will do.
-        length = _ANY_LENGTH if values and values[0] < 0 else 0
-    if node.op_type == "Gather":
-        picked = range(length)[values[0] % (length or 1) :][:1]
-    else:
-        start, stop, _, step = [*values, *(0, 0, 0, 1)[len(values) :]]
-        picked = range(length)[start : stop : step or 1]
-    return _entry(source, picked[place] - length, known) if -place <= len(picked) else None
 
 
 def _transpose(node: ir.Node, _: int, channels: Channels) -> _Moved | Obstacle:
@@ -265,10 +247,19 @@ def _gather_nd(node: ir.Node, _: int, channels: Channels) -> _Moved | Obstacle:
     return [(node.outputs[0], channels)]
 
 
-def _tile(node: ir.Node, index: int, channels: Channels) -> _Moved | Obstacle:
-    if _entry(node.inputs[1], channels.axis, (node.inputs[0], channels)) != 1:
+def _gather_elements(node: ir.Node, channels: Channels, known: Known) -> _Moved | Obstacle:
+    # Whole rows, if the index says the same for all channels of a row.
+    along = _along(node.attributes.get_int("axis", 0), node.inputs[0], channels)
+    repeated = repeats(node.inputs[1], channels.axis, known)
+    if along is not False or repeated != channels.width:
+        return Obstacle(node, "picks single channels, or may do so")
+    return [(node.outputs[0], channels)]
+
+
+def _tile(node: ir.Node, channels: Channels, known: Known) -> _Moved | Obstacle:
+    if entry(node.inputs[1], channels.axis, known) != 1:
         return Obstacle(node, "may repeat its channels")
-    return _same(node, index, channels)
+    return [(node.outputs[0], channels)]
 
 
 def _expand(node: ir.Node, index: int, channels: Channels) -> _Moved | Obstacle:
@@ -279,20 +270,20 @@ def _expand(node: ir.Node, index: int, channels: Channels) -> _Moved | Obstacle:
 
 def _pad(node: ir.Node, _: int, channels: Channels) -> _Moved | Obstacle:
     source = node.inputs[0]
-    pads = (
-        node.attributes.get_ints("pads")
-        if "pads" in node.attributes
-        else evaluate(node.inputs[1] if len(node.inputs) > 1 else None)
-    )
     rank = rank_of(source) if source is not None else None
     fill = scalar(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else 0.0
     fill = node.attributes.get_float("value", fill)
     constant = node.attributes.get_string("mode", "constant") == "constant" and fill == 0.0
-    if pads is None or rank is None or len(pads) != 2 * rank or not constant:
+    if rank is None or not constant or len(node.inputs) > 3:
         return Obstacle(node, "pads it in a way that cannot be told")
-    place = channels.axis % rank
-    if pads[place] or pads[place + rank]:
-        return Obstacle(node, "adds channels")
+    places = (channels.axis - rank, channels.axis)
+    if "pads" in node.attributes:
+        pads = node.attributes.get_ints("pads") or ()
+        added: list[int | None] = [pads[place] for place in places]
+    else:
+        added = [entry(node.inputs[1], place, {}) for place in places]
+    if any(one != 0 for one in added):
+        return Obstacle(node, "adds channels, or may do so")
     return [(node.outputs[0], dataclasses.replace(channels, uneven="Pad adds rows of zeros"))]
 
 
@@ -336,19 +327,22 @@ _MOVERS: dict[str, Callable[[ir.Node, int, Channels], _Moved | Obstacle | None]]
     "Div": _multiply,
     "Dropout": _dropout,
     "Expand": _expand,
-    "Flatten": _reshape,
     "Gather": _gather,
     "GatherND": _gather_nd,
     "Identity": _same,
     "Mul": _multiply,
     "Neg": _negate,
     "Pad": _pad,
-    "Reshape": _reshape,
     "Slice": _slice,
     "Split": _split,
     "Squeeze": _squeeze,
-    "Tile": _tile,
     "Transpose": _transpose,
     "Unsqueeze": _squeeze,
     "Where": _where,
+}
+_MEASURING: dict[str, Callable[[ir.Node, Channels, Known], _Moved | Obstacle]] = {
+    "Flatten": _reshape,
+    "GatherElements": _gather_elements,
+    "Reshape": _reshape,
+    "Tile": _tile,
 }

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnx_tricks.graph.constants import evaluate, scalar
+from onnx_tricks.graph.constants import evaluate, is_constant, scalar
 from onnx_tricks.graph.shapes import dim, dtype_of
 from onnx_tricks.patterns.interior import interior
 from onnx_tricks.patterns.product import Factor, factors, skip_casts
@@ -70,6 +70,7 @@ class Norm:
         epsilon: What is added to the mean square (rms and layer).
         fused: The operator's layout when the norm is one node, else None.
         core: The factors whose product is `n(source)`, for a decomposed norm.
+        entries: The uses by which the norm reads its source: nodes, and which of their inputs.
     """
 
     kind: Kind
@@ -83,6 +84,15 @@ class Norm:
     epsilon: float = 0.0
     fused: FusedNorm | None = None
     core: tuple[Factor, ...] = ()
+    entries: tuple[tuple[ir.Node, int], ...] = ()
+
+    @property
+    def read(self) -> ir.Value:
+        """What enters the norm now: a rewrite before it may have put a node behind `source`."""
+        node, index = self.entries[0]
+        value = node.inputs[index]
+        assert value is not None
+        return value
 
     @property
     def width(self) -> int:
@@ -125,6 +135,7 @@ def find_norms(model: ir.Model) -> Iterator[Norm | OpaqueNorm]:
         if found is not None:
             if isinstance(found, Norm):
                 outputs.add(found.output)
+                found = dataclasses.replace(found, entries=norm_entries(found))
             yield found
 
 
@@ -181,6 +192,8 @@ def _decomposed(node: ir.Node) -> Norm | OpaqueNorm | None:
     product = factors(node.outputs[0])
     # What the statistics measure is the norm's input: factors of it are not factors of the norm.
     measured = set().union(*(measured_values(f.value) for f in product if f.exponent != 1))
+    if measured and all(is_constant(value) for value in measured):
+        return None  # a weight that is normalised, as that of a convolution may be
     product = factors(node.outputs[0], whole=measured)
     core = [factor for factor in product if not factor.constant]
     constants = [factor for factor in product if factor.constant]

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from onnx_tricks.graph.shapes import rank_of
 from onnx_tricks.patterns.linear import Linear, find_linear
-from onnx_tricks.patterns.moves import Channels, Obstacle, follow
+from onnx_tricks.patterns.moves import Channels, Obstacle, average, follow
 
 __all__ = ["Reader", "Readers", "find_readers"]
 
@@ -45,12 +45,19 @@ def find_readers(value: ir.Value, axis: int, width: int) -> Readers:
     search = _Search()
     search.add(value, Channels(axis, 0, width))
     search.run()
-    return Readers(tuple(search.linear), tuple(search.obstacles))
+    # A residual connection tells most: it is there by design.
+    obstacles = sorted(search.obstacles, key=lambda one: not _is_sum(one.node))
+    return Readers(tuple(search.linear), tuple(obstacles))
+
+
+def _is_sum(node: ir.Node | None) -> bool:
+    return node is not None and node.domain == "" and node.op_type in ("Add", "Sub", "Sum")
 
 
 class _Search:
     def __init__(self) -> None:
         self.region: dict[ir.Value, Channels] = {}
+        self.lengths: dict[tuple[ir.Value, int], int] = {}
         self.pending: list[ir.Value] = []
         self.joins: dict[ir.Node, ir.Value] = {}
         self.linear: list[Reader] = []
@@ -58,10 +65,11 @@ class _Search:
 
     def add(self, value: ir.Value, channels: Channels) -> None:
         self.region[value] = channels
+        self.lengths[value, channels.axis] = channels.width
         self.pending.append(value)
 
     def run(self) -> None:
-        while self.pending and not self.obstacles and len(self.region) < _MAX_NODES:
+        while self.pending and len(self.region) < _MAX_NODES:
             value = self.pending.pop()
             if value.is_graph_output():
                 self.obstacles.append(Obstacle(None, f"{value.name!r} is an output of the graph"))
@@ -81,7 +89,7 @@ class _Search:
         if node.op_type == "Concat" and node.domain == "":
             self._join(value, node)
             return
-        moved = follow(node, index, channels)
+        moved = average(node, channels) or follow(node, index, channels, self.lengths)
         if isinstance(moved, Obstacle):
             self.obstacles.append(moved)
         elif moved is not None:

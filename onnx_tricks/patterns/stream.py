@@ -89,6 +89,7 @@ class _Search:
     def __init__(self, width: int, ends: _Ends, apart: set[ir.Value]) -> None:
         self.width, self.ends, self.apart = width, ends, apart
         self.stages: dict[ir.Value, int] = {}
+        self.lengths: dict[tuple[ir.Value, int], int] = {}
         self.pending: list[ir.Value] = []
         self.begins: dict[ir.Value, tuple[Made, ...]] = {}
         self.entries: dict[tuple[ir.Value, int], dict[Use, tuple[Made, ...]]] = {}
@@ -100,6 +101,7 @@ class _Search:
     def enter(self, value: ir.Value, axis: int) -> None:
         if value not in self.stages:
             self.stages[value] = axis
+            self.lengths[value, axis] = self.width
             self.pending.append(value)
 
     def run(self) -> None:
@@ -168,7 +170,7 @@ class _Search:
 
     def _move(self, use: Use, value: ir.Value, axis: int) -> None:
         node, index = use
-        moved = follow(node, index, Channels(axis, 0, self.width))
+        moved = follow(node, index, Channels(axis, 0, self.width), self.lengths)
         if isinstance(moved, Obstacle):
             self._stop(value, moved)
         elif moved is None:

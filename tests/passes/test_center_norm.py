@@ -53,6 +53,8 @@ TERMS = {
 AT_RUN_TIME = {
     "an activation": "x = Tanh(h0)",
     "an input": "x = Identity(h0)",
+    "a grouped Conv": "t = Transpose<perm=[0,2,1]>(h0) k = Conv<group=2>(t, w_conv_grouped) "
+    "x = Transpose<perm=[0,2,1]>(k)",
     "another norm": "x = LayerNormalization(h0, g, beta)",
 }
 SPELLINGS = {
@@ -73,6 +75,7 @@ def toy(body: str, kind: str = "float", opset: int = 18, **options: object) -> o
         "c_square": rng.standard_normal(D),
         "token": rng.standard_normal((2, 1, D)),
         "w_conv_square": rng.standard_normal((D, D, 1)) / 4,
+        "w_conv_grouped": rng.standard_normal((D, D // 2, 1)) / 4,
         "w_other": rng.standard_normal((D, D)) / 4,
         "places": rng.standard_normal((toys.V, D)),
     }
@@ -135,6 +138,12 @@ def test_norms_that_share_one_difference_lose_it() -> None:
         "k = Mul(i, g) u = MatMul(k, w) k2 = Mul(i, g1) v = MatMul(k2, w2) y = Add(u, v)"
     )
     check(toy(body), norms=2)
+
+
+def test_two_norms_of_one_input_share_the_mean_that_is_taken_off() -> None:
+    norms = "a = LayerNormalization(x, g, beta) b = LayerNormalization(x, g1)"
+    body = f"x = Tanh(h0) {norms} u = MatMul(a, w) v = MatMul(b, w2) y = Add(u, v)"
+    check(toy(body), norms=2, at_run_time=1)
 
 
 def test_embeddings_are_centred_row_by_row() -> None:

@@ -72,6 +72,15 @@ def test_rows_are_divided_behind_the_linear_layers(name: str, kind: str) -> None
     assert again.SerializeToString() == after.SerializeToString()
 
 
+def test_a_norm_behind_a_norm_measures_rows_that_are_divided() -> None:
+    second = "r = RMSNormalization<epsilon=0.01>(h, ones) y = MatMul(r, w)"
+    before = toy(f"h = MatMul(n, w_square) {second}")
+    after, result = defer(before)
+    assert result.count == 2
+    inputs = toys.feeds(before)
+    assert toys.error(toys.run(after, inputs)[0], toys.run(before, inputs)[0]) < 2e-6
+
+
 def test_the_scale_moves_on_only_to_fewer_numbers() -> None:
     counts = []
     for name in ("a smooth gate", "a ReLU as gate", "a ReLU in front of a wide layer"):

@@ -100,6 +100,14 @@ READERS = {
     "q = Reshape(z, r1) y = MatMul(q, w)",
     "tiled": "s1 = Shape(z) n1 = Gather(s1, axis0) r1 = Concat<axis=0>(n1, axis1, axis1) "
     "q = Tile(z, r1) y = MatMul(q, w)",
+    "mean of rows": "k = ReduceMean<keepdims=0>(z, axis1) q = MatMul(k, w) y = Unsqueeze(q, axis1)",
+    "mean of rows in a pool": "t = Transpose<perm=[0,2,1]>(z) k = GlobalAveragePool(t) "
+    "y = Conv(k, w_conv, c)",
+    "picked by a tiled index": "i = ArgMax<axis=1>(x) i1 = Slice(i, axis0, axis1, last) "
+    "s1 = Shape(z) n1 = Slice(s1, last, far, axis0) r1 = Concat<axis=0>(axis1, axis1, n1) "
+    "i2 = Tile(i1, r1) q = GatherElements<axis=1>(z, i2) y = MatMul(q, w)",
+    "picked by an expanded index": "i = ArgMax<axis=1>(x) i1 = Slice(i, axis0, axis1, last) "
+    "s1 = Shape(z) i2 = Expand(i1, s1) q = GatherElements<axis=1>(z, i2) y = MatMul(q, w)",
     "scaled": "q = Mul(z, half) k = Neg(q) y = MatMul(k, w)",
     "packed": "q = MatMul(z, w_packed) y = Add(q, c_packed)",
 }
@@ -308,6 +316,16 @@ def test_branches_that_share_outer_weights_fold_together() -> None:
         assert toys.error(toys.run(after, inputs)[0], toys.run(before, inputs)[0]) < 1e-6
 
 
+@pytest.mark.parametrize("spelled", [RMS["div sqrt"], LAYER["div sqrt"], OTHER["L2"]])
+def test_a_norm_that_reads_a_layer_with_a_new_bias_reads_it_with_that_bias(spelled: str) -> None:
+    body = f"h = LayerNormalization(h0, g, beta) x = MatMul(h, w_square) {spelled} y = MatMul(z, w)"
+    before = toys.model(body, inputs="h0[b,s,D]")
+    after, result = fold(before)
+    assert result.count == 2
+    inputs = toys.feeds(before)
+    assert toys.error(toys.run(after, inputs)[0], toys.run(before, inputs)[0]) < 2e-6
+
+
 TIED = (
     "x = Gather(table, ids) z = LayerNormalization(x, g) "
     "t = Transpose<perm=[1,0]>(table) y = MatMul(z, t)"
@@ -367,6 +385,18 @@ def test_a_bias_that_outweighs_the_output_of_the_layer_stays_in_the_norm() -> No
 
 REFUSALS = {
     "residual": (LN + "q = MatMul(z, w_square) y = Add(q, z)", "as a residual connection does"),
+    "residual and norm": (
+        LN + "k = LayerNormalization(z, ones) q = MatMul(k, w_square) y = Add(q, z)",
+        "as a residual connection does",
+    ),
+    "picked channels": (
+        LN + "i = ArgMax<axis=1>(x) k = GatherElements<axis=1>(z, i) y = MatMul(k, w)",
+        "picks single channels",
+    ),
+    "padded channels": (
+        LN + "k = Pad(z, channel_pads) y = MatMul(k, w_double)",
+        "adds channels",
+    ),
     "graph output": (LN + "q = MatMul(z, w) y = Identity(z)", "is an output of the graph"),
     "activation": (LN + "q = Sigmoid(z) y = MatMul(q, w)", "is not linear in it"),
     "gain from outside": (
@@ -412,6 +442,12 @@ REFUSALS = {
 KEPT = {
     "padded": "t = Transpose<perm=[0,2,1]>(z) y = Conv<pads=[1,1]>(t, w_conv3)",
     "rows of zeros": "rows = Pad(z, no_pads) y = MatMul(rows, w)",
+    "windows of padded rows": "sz = Shape(z) long = Slice(sz, axis1, pair, axis0) "
+    "odd = Mod(long, pair) p1 = Concat<axis=0>(axis0, axis0, axis0, odd, axis0, axis0) "
+    "p2 = Reshape(p1, pairs) p3 = Slice(p2, last, before_all, axis0, last) "
+    "p4 = Transpose<perm=[1,0]>(p3) p5 = Reshape(p4, last) rows = Pad(z, p5) sr = Shape(rows) "
+    "wide = Gather(sr, last) to = Concat<axis=0>(axis0, last, pair, wide) "
+    "windows = Reshape(rows, to) y = MatMul(windows, w)",
     "masked": "top = ReduceMax<keepdims=1>(x, last) mask = Sigmoid(top) rows = Mul(z, mask) "
     "y = MatMul(rows, w)",
     "Einsum": 'y = Einsum<equation="bsd,df->bsf">(z, w)',
@@ -461,6 +497,31 @@ def test_a_fold_that_overflows_half_precision_is_refused() -> None:
         proto = toys.model(body, kind="float16", extra={"big": gain, "w_wide": weight})
         _, result = fold(proto)
         assert "leaves the range of FLOAT16" in result.skipped[0].reason
+
+
+def test_the_experts_of_an_operator_take_gain_and_bias() -> None:
+    rng = np.random.default_rng(5)
+    experts = 3
+    sizes = {"router": (toys.D, experts), "up": (experts, 2 * toys.F, toys.D)}
+    sizes |= {"up_bias": (experts, 2 * toys.F), "down": (experts, toys.D, toys.F)}
+    extra = {name: rng.standard_normal(size).astype(np.float32) / 4 for name, size in sizes.items()}
+    before = toys.model(
+        "n = LayerNormalization(x, g, beta) z = Reshape(n, flat) r = MatMul(z, router) "
+        'y = com.microsoft.MoE<k=2, activation_type="swiglu", swiglu_fusion=1, '
+        "normalize_routing_weights=1>(z, r, up, up_bias, down)",
+        extra=extra,
+    )
+    after, result = fold(before)
+    assert (result.count, result.skipped) == (1, [])
+    assert not {"g", "beta"} & {one.name for one in after.graph.initializer}
+    inputs = toys.feeds(before)
+    assert toys.error(toys.run(after, inputs)[0], toys.run(before, inputs)[0]) < 2e-6
+
+
+def test_a_weight_that_is_normalised_is_no_norm() -> None:
+    body = "l = ReduceL2<keepdims=1>(w_square, last) n = Div(w_square, l) k = Mul(n, g_channel) "
+    _, result = fold(toys.model(body + "y = MatMul(x, k)"))
+    assert (result.count, result.skipped) == (0, [])
 
 
 def test_einsum_takes_a_gain() -> None:
