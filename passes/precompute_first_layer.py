@@ -18,7 +18,7 @@ from onnx_tricks.graph.sizes import measure
 from onnx_tricks.patterns.cut import Cut, Join, find_cut
 from onnx_tricks.patterns.excerpt import cut_out
 from onnx_tricks.patterns.layout import Axis, Layout, length_of
-from onnx_tricks.patterns.positions import find_added_table
+from onnx_tricks.patterns.positions import find_added_rows
 from onnx_tricks.patterns.region import Region, find_regions, reads_shape
 from onnx_tricks.patterns.states import Row
 from onnx_tricks.rewrite import Pass, Site, Skip
@@ -125,7 +125,8 @@ class PrecomputeFirstLayer(Pass):
                 return
             yield Skip(_label(region), _too_large(region, growth, self.max_growth))
         if not worth:
-            region = max(regions, key=lambda one: one.vocabulary)
+            # Positions are looked up too, but worked out before.
+            region = max(regions, key=lambda one: (one.ids.is_graph_input(), one.vocabulary))
             reason = _obstacle(region)
             if reason:
                 yield Skip(_label(region), reason)
@@ -214,22 +215,27 @@ def _too_large(region: Region, growth: Growth, limit: float) -> str:
 
 def _obstacle(region: Region) -> str:
     """Why nothing behind a lookup is worth storing; empty where it is stored already."""
-    values = [value for members in region.members.values() for value in members]
+    wide = [members for key, members in region.members.items() if region.row(key).width > 1]
+    values = [value for members in wide for value in members]
     readers = list(dict.fromkeys(node for one in values for node in region.outside_readers(one)))
     for node in readers:
-        table = find_added_table(node, region)
-        if table is not None:
+        added = find_added_rows(node, region)
+        if added is not None:
             return (
-                f"{node.name or node.op_type} ({node.op_type}) adds rows of {table!r} that are "
-                "looked up by something else than the token ids (learned positions or token "
-                "types), so that the first layer is not a function of the token id alone"
+                f"{node.name or node.op_type} ({node.op_type}) adds rows of {added!r} that do not "
+                "come from the token ids (positions or token types), so that the first layer is "
+                "not a function of the token id alone"
             )
     if any(len(operation.outputs) > 1 for operation in region.operations):
         return ""
     named = ", ".join(f"{one.name or one.op_type} ({one.op_type})" for one in readers[:3])
+    operands = [operand for one in readers[:1] for operand in one.inputs if operand is not None]
+    inputs = [one.name for operand in operands for one in _graph_inputs(operand)]
+    others = [name for name in dict.fromkeys(inputs) if name != region.ids.name]
     return (
         "no linear layer with constant weights lies between the lookup and what depends on more "
         f"than the token id: {named or 'nothing reads it'}"
+        + (f", which depends on {', '.join(map(repr, others[:2]))}" if others else "")
     )
 
 

@@ -104,7 +104,7 @@ _ROTARY = {
     "modernbert-decoder": _causal(
         "ModernBertDecoderForCausalLM", attention_bias=True, mlp_bias=True, norm_bias=True
     ),
-    "nemotron": _causal("NemotronForCausalLM", _HALVED, _BIASED),
+    "nemotron": _causal("NemotronForCausalLM", _HALVED, attention_bias=True),
     "nemotron_heads": _causal("NemotronForCausalLM", _HALVED_HEADS, _BIASED),
     "olmo": _causal("OlmoForCausalLM", _FUSED, attention_bias=True),
     "olmo_clipped": _causal("OlmoForCausalLM", _FUSED_HEADS, clip_qkv=0.5),

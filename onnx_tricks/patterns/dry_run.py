@@ -282,7 +282,8 @@ def _pasts(model: ir.Model) -> Iterator[tuple[ir.Value, int]]:
         if rank < 3:
             continue
         for node, index in value.uses():
-            if node.op_type == "Concat" and node.domain == "" and index == 0:
+            joins = node.op_type == "Concat" and node.domain == "" and len(node.inputs) > 1
+            if joins and index == 0:
                 yield value, node.attributes["axis"].as_int()
             elif index in _FUSED_PASTS.get((node.domain, node.op_type), ()):
                 yield value, rank - 2

@@ -21,7 +21,7 @@ from onnx_tricks.verify.inputs import plans
 from tests.conftest import Export
 
 ANY_GROWTH = PrecomputeFirstLayer(max_growth=1000)
-WIDE, NARROW, PLAIN = (48, 56, 28, 28), (48, 48, 24, 24), (48, 48, 48, 48)
+WIDE, NARROW, PLAIN = (48, 64, 32, 32), (48, 48, 24, 24), (48, 48, 48, 48)
 
 # recipe, exporter, type, numbers stored for a token, whether all outputs stay the same in every
 # bit. They do not where the sums of a parallel block change their order, nor where ONNX Runtime
@@ -31,23 +31,25 @@ MODELS = [
     ("smollm2-2", "dynamo18", "fp32", (576, 576, 192, 192), True),
     ("smollm2-2", "dynamo23", "fp16", (576, 576, 192, 192), True),
     ("smollm2-2", "genai", "fp32", (576, 960), True),
-    ("llama", "optimum", "fp32", NARROW, True),
-    ("llama", "dynamo18-cache", "fp32", NARROW, True),
-    ("mistral", "optimum", "fp32", NARROW, True),
-    ("qwen2", "optimum", "fp32", NARROW, True),
+    ("llama", "optimum", "fp32", WIDE, True),
+    ("llama", "dynamo18-cache", "fp32", WIDE, True),
+    ("mistral", "optimum", "fp32", WIDE, True),
+    ("qwen2", "optimum", "fp32", (96, 96, 32, 32), True),
     ("qwen3", "optimum", "fp32", WIDE, True),
     ("gemma", "optimum", "fp32", WIDE, True),
     ("gemma2", "optimum", "fp32", WIDE, True),
-    ("gemma3", "optimum", "fp32", (48, 28, 56, 28), True),
-    ("phi3", "optimum", "fp32", (48, 96), True),
-    ("olmo", "optimum", "fp32", NARROW, True),
+    ("gemma3", "optimum", "fp32", (48, 32, 64, 32), True),
+    ("phi3", "optimum", "fp32", (96, 160), True),
+    ("olmo", "optimum", "fp32", (96, 96, 32, 32), True),
     ("olmo2", "optimum", "fp32", NARROW, True),
     ("bloom", "optimum", "fp32", (48, 144), True),
     ("mpt", "optimum", "fp32", (48, 144), True),
-    ("phi", "optimum", "fp32", PLAIN, False),
+    ("phi", "optimum", "fp32", (96, 96, 96, 96), False),
     ("gpt_neox", "optimum", "fp32", (48, 144), False),
     ("gptj", "optimum", "fp32", PLAIN, False),
     ("falcon", "optimum", "fp32", (48, 72), False),
+    ("deepseek_v3", "optimum", "fp32", (48, 64, 6, 96), True),
+    ("falcon_alibi", "optimum", "fp32", PLAIN, True),
     ("cohere", "optimum", "fp32", (48, 24, 48, 24), False),
 ]
 

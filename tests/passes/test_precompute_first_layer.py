@@ -390,6 +390,17 @@ def test_ids_of_32_bits_are_looked_up() -> None:
     np.testing.assert_array_equal(toys.run(after, feeds)[0], toys.run(proto, feeds)[0])
 
 
+def test_positions_inside_attention_are_no_reason_once_the_layer_is_stored() -> None:
+    turn = "pos = Gather(position_table, places_of) k2 = Mul(k, pos) "
+    turned = turn + ATTENTION.replace("(k)", "(k2)")
+    proto = toy(SERIAL.replace(ATTENTION, turned), inputs="ids[b,s] places_of[s]")
+    indices = [value for value in proto.graph.input if value.name == "places_of"]
+    indices[0].type.tensor_type.elem_type = onnx.TensorProto.INT64
+    model = ir.from_proto(proto)
+    (result,) = run_passes(model, [PrecomputeFirstLayer(max_growth=1e3)])
+    assert (result.count, result.skipped) == (1, [])
+
+
 def test_a_second_run_finds_nothing() -> None:
     after, _, _ = store(toy(PARALLEL))
     again, result, _ = store(after)
@@ -444,7 +455,19 @@ REFUSED = {
     "constant positions": (
         "e = Gather(table, ids) x = Add(e, places) " + SERIAL.removeprefix(X),
         "ids[b,5]",
-        "no linear layer with constant weights lies between the lookup and what depends on more",
+        "adds rows of 'places' that do not come from the token ids",
+    ),
+    "positions by index": (
+        "at = Unsqueeze(places_of, last) pos = GatherND(position_table, at) "
+        "e = Gather(table, ids) x = Add(e, pos) " + SERIAL.removeprefix(X),
+        "ids[b,s] places_of[s]",
+        "adds rows of 'position_table' that do not come from the token ids",
+    ),
+    "computed positions": (
+        "at = Unsqueeze(places_of, last) angle = Cast<to=TYPE>(at) all = Mul(angle, g) "
+        "pos = Sin(all) e = Gather(table, ids) x = Add(e, pos) " + SERIAL.removeprefix(X),
+        "ids[b,s] places_of[s]",
+        "adds rows of 'pos' that do not come from the token ids",
     ),
     "embeddings as input": (SERIAL.removeprefix(X), "x[b,s,D]", "no Gather looks up token ids"),
     "quantised on the way": (
