@@ -72,11 +72,21 @@ def _summary(cells: Sequence[Cell]) -> Iterator[str]:
         f"{len(surveyed)} exports of {len(families)} families; "
         f"{len(list(defects(surveyed)))} defects.\n"
     )
-    yield "| trick | exports where it applies | sites rewritten |\n|---|---:|---:|"
+    yield "| trick | sites rewritten | families where it applies | wherever it can |"
+    yield "|---|---:|---:|---:|"
     for trick in _PASSES:
-        counts = [_result(cell, trick).applied.get(trick, 0) for cell in surveyed]
-        yield f"| {trick} | {sum(map(bool, counts))} | {sum(counts)} |"
+        results = [(cell.family, _result(cell, trick)) for cell in surveyed]
+        sites = sum(one.applied.get(trick, 0) for _, one in results)
+        applies = {family for family, one in results if one.applied.get(trick)}
+        missed = {family for family, one in results if _missed(one, trick)}
+        whole = len(applies - missed) / (len(applies | missed) or 1)
+        yield f"| {trick} | {sites} | {len(applies)} | in {whole:.0%} of the families |"
     yield ""
+
+
+def _missed(outcome: Outcome, trick: str) -> bool:
+    """Whether a site was left out for no reason of principle."""
+    return any(principle(trick, reason) is None for reason in outcome.skipped.get(trick, ()))
 
 
 def _reasons() -> Iterator[str]:

@@ -55,9 +55,9 @@ PRINCIPLES = (
         "A nonlinear operator reads the norm's output, another norm for example.",
     ),
     _table(
-        "learned positions or token types",
-        "Rows looked up by position or token type are added to the embedding before the first "
-        "linear layer, so that its result depends on more than the token.",
+        r"\(positions or token types\)",
+        "Something that depends on the position or the token type is added to the embedding "
+        "before the first linear layer, so that its result depends on more than the token.",
     ),
     _table(
         "no Gather looks up token ids",
@@ -76,6 +76,11 @@ PRINCIPLES = (
     _slim(
         "as sinks of attention need",
         "Attention sinks put a learned score beside those of the keys.",
+    ),
+    _slim(
+        "chosen anew at every step, for new tokens alone",
+        "Long RoPE turns new keys by other angles beyond a length, and leaves cached ones as they "
+        "are.",
     ),
     _slim(
         "joins channels that do not come from one projection",

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from optimum.utils import DEFAULT_DUMMY_SHAPES
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from onnx_tricks.models.preprocessors import preprocessors
 
-__all__ = ["Arrays", "Part", "in_double", "norms_run", "parts"]
+__all__ = ["Arrays", "Part", "compute", "parts", "tensors"]
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -35,31 +35,48 @@ def _widened(argument: Any) -> Any:
     return torch.float64 if argument is torch.float32 else argument
 
 
-@contextlib.contextmanager
-def in_double(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Let a model compute in float64 throughout, and without gradients."""
+def compute(module: Any, run: Callable[[], Mapping[str, Any]]) -> tuple[Arrays, int]:
+    """Let a model compute in float64 throughout.
+
+    Args:
+        module: The model, or a part of one; it stays in float64.
+        run: Calls it.
+
+    Returns:
+        The outputs that are tensors, and how many norms over channels, each with weights of its
+        own, these outputs depend on.
+    """
+    norms: dict[torch.nn.Module, torch.Tensor] = {}
+
+    def note(one: torch.nn.Module, *_: Any) -> None:
+        weights = [weight for weight in one.parameters(recurse=False) if weight.numel() > 1]
+        norms.update(dict.fromkeys([one] * bool(weights), weights[0] if weights else None))
+
+    hooks = [
+        one.register_forward_hook(note)
+        for one in module.modules()
+        if "LayerNorm" in type(one).__name__ or "RMSNorm" in type(one).__name__
+    ]
     torch.set_default_dtype(torch.float64)
     try:
-        with torch.no_grad(), _Double():
-            yield model.double()
+        with torch.enable_grad(), _Double():
+            module.double()
+            outputs = {n: one for n, one in run().items() if isinstance(one, torch.Tensor)}
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-def norms_run(model: PreTrainedModel, run: Callable[[], Any]) -> int:
-    """How many norms over channels, each with weights of its own, take part in a run."""
-    seen: set[torch.nn.Module] = set()
-    hooks = [
-        module.register_forward_hook(lambda one, *_: seen.add(one))
-        for module in model.modules()
-        if "LayerNorm" in type(module).__name__ or "RMSNorm" in type(module).__name__
-    ]
-    try:
-        run()
-    finally:
         for hook in hooks:
             hook.remove()
-    return sum(any(True for _ in module.parameters(recurse=False)) for module in seen)
+    return {name: one.detach().numpy() for name, one in outputs.items()}, _felt(outputs, norms)
+
+
+def _felt(outputs: Mapping[str, torch.Tensor], norms: Mapping[Any, torch.Tensor]) -> int:
+    """How many of some norms have a part in the outputs."""
+    differentiable = [one for one in outputs.values() if one.requires_grad]
+    if not norms or not differentiable:
+        return len(norms)
+    total = torch.stack([one.sum() for one in differentiable]).sum()
+    slopes = torch.autograd.grad(total, list(norms.values()), allow_unused=True)
+    return sum(slope is not None for slope in slopes)
 
 
 class Part:
@@ -78,14 +95,13 @@ class Part:
         random.seed(seed)
         torch.manual_seed(seed)
         with preprocessors(self.module):
-            made = self._config.generate_dummy_inputs(framework="pt")
+            made = self._config.generate_dummy_inputs(framework="pt", **DEFAULT_DUMMY_SHAPES)
         return {name: one.numpy() for name, one in made.items() if isinstance(one, torch.Tensor)}
 
-    def __call__(self, inputs: Arrays) -> dict[str, np.ndarray]:
-        """What the part computes in float64 in the form in which it is exported."""
-        with in_double(self.module), self._config.patch_model_for_export(self.module):
-            outputs = self.module(**_tensors(inputs))
-        return {name: one.numpy() for name, one in outputs.items() if isinstance(one, torch.Tensor)}
+    def compute(self, inputs: Arrays) -> tuple[Arrays, int]:
+        """What `compute` says of the part, in the form in which it is exported."""
+        with self._config.patch_model_for_export(self.module):
+            return compute(self.module, lambda: self.module(**tensors(inputs)))
 
 
 def parts(model: PreTrainedModel, task: str) -> dict[str, Part]:
@@ -100,6 +116,7 @@ def parts(model: PreTrainedModel, task: str) -> dict[str, Part]:
     return {name: Part(module, config) for name, (module, config) in found.items()}
 
 
-def _tensors(inputs: Arrays) -> dict[str, torch.Tensor]:
-    tensors = {name: torch.from_numpy(one) for name, one in inputs.items()}
-    return {n: one.double() if one.is_floating_point() else one for n, one in tensors.items()}
+def tensors(inputs: Arrays) -> dict[str, torch.Tensor]:
+    """Inputs for a model in float64."""
+    given = {name: torch.from_numpy(one) for name, one in inputs.items()}
+    return {n: one.double() if one.is_floating_point() else one for n, one in given.items()}

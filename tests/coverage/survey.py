@@ -7,6 +7,7 @@ import concurrent.futures.process
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -283,11 +284,15 @@ def _try(
 
 def _errors(right: Any, found: Any) -> dict[str, float]:
     """The relative error of each output, in the Euclidean norm."""
-    return {
-        name: float(np.linalg.norm((found[name] - one).ravel()) / (np.linalg.norm(one) or 1))
-        for name, one in right.items()
-        if name in found
-    }
+    return {name: _error(one, found[name]) for name, one in right.items() if name in found}
+
+
+def _error(right: Any, found: Any) -> float:
+    finite = np.isfinite(right)
+    if right.shape != found.shape or not np.array_equal(right[~finite], found[~finite]):
+        return math.inf
+    size = np.linalg.norm(right[finite]) or 1.0
+    return float(np.linalg.norm(found[finite] - right[finite]) / size)
 
 
 def _line(error: BaseException) -> str:
@@ -298,8 +303,10 @@ def _line(error: BaseException) -> str:
 def _code() -> str:
     """Identifies all code that a cell depends on."""
     digest = hashlib.sha256()
-    for room in ("onnx_tricks", "passes", "models", "tests/coverage"):
-        for file in sorted((_ROOT / room).rglob("*")):
-            if file.suffix in {".py", ".cc", ".h"} and "onnx_tricks/passes" not in str(file):
-                digest.update(file.read_bytes())
+    rooms = [sorted((_ROOT / room).rglob("*")) for room in ("onnx_tricks", "passes", "models")]
+    here = [Path(__file__).with_name(f"{name}.py") for name in ("examples", "reference", "survey")]
+    for file in itertools.chain(*rooms, here):
+        linked = file.is_relative_to(_ROOT / "onnx_tricks" / "passes")
+        if file.suffix in {".py", ".cc", ".h"} and not linked:
+            digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
