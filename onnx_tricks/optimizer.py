@@ -30,7 +30,7 @@ from onnx_tricks.models import demo_path
 from onnx_tricks.operators.signature import DOMAIN, STATE_KEY
 from onnx_tricks.passes import PASSES
 from onnx_tricks.report import PassReport, Report
-from onnx_tricks.rewrite import Pass, PassResult, Site, run_passes
+from onnx_tricks.rewrite import Pass, PassResult, Site, Skip, run_passes
 from onnx_tricks.runtime.sessions import load_runtime
 from onnx_tricks.verify import Verification
 from onnx_tricks.verify import verify as verify_models
@@ -143,6 +143,8 @@ class _Rewritten:
         return [site for result in self.results for site in result.applied]
 
 
+# An error of this share of what is allowed is too close for a pass that is cautious.
+_CLOSE = 0.8
 _Attempt = Callable[[Sequence[Pass]], tuple[_Rewritten, Verification | None]]
 
 
@@ -157,6 +159,7 @@ class _Run:
         self.reports = {one.name: PassReport(one.name) for one in passes}
         self.before: Sizes | None = None
         self.after: Sizes | None = None
+        self.apart: frozenset[str] = frozenset()  # passes that no phase of a decoder is for
 
     def from_files(self, source: Path, output: str | os.PathLike[str] | None) -> Optimized:
         with contextlib.ExitStack() as stack:
@@ -196,7 +199,13 @@ class _Run:
         self.progress("looking at the decoder")
         model = load_model(merged).model
         annotate(model)
-        if not any(isinstance(found, Site) for one in spanning for found in one.sites(model)):
+        found = {one.name: list(one.sites(model)) for one in spanning}
+        if not any(isinstance(site, Site) for sites in found.values() for site in sites):
+            # One phase alone would get caches that the other does not know.
+            self.apart = frozenset(found)
+            for name, sites in found.items():
+                skipped = [site for site in sites if isinstance(site, Skip)]
+                self.reports[name].add(PassResult(name, [], skipped, 0.0), "decoder: ")
             return plan
         joined = plan.with_one_decoder(merged)
         for one in joined.dropped:
@@ -229,7 +238,7 @@ class _Run:
                 proof = verify_models(folder / "original.onnx", staged, sites=rewritten.sites)
                 return rewritten, proof
 
-            rewritten, verification = self._until_proven(attempt, "")
+            rewritten, verification = self._until_proven(attempt, self.passes, "")
             where = None if output is None else os.fspath(output)
             report = self._report(where, verification or _SKIPPED)
             if staging is not None and plan is not None:
@@ -259,23 +268,33 @@ class _Run:
             return rewritten, verify_models(one.source, staged, sites=rewritten.sites)
 
         prefix = f"{one.target}: " if len(plan.outputs) > 1 else ""
-        rewritten, verification = self._until_proven(attempt, prefix)
+        apart = self.apart if one.target.name in PHASES else ()
+        passes = [each for each in self.passes if each.name not in apart]
+        rewritten, verification = self._until_proven(attempt, passes, prefix)
         if verification is not None:
             found.append(verification)
         return rewritten.model
 
     def _until_proven(
-        self, attempt: _Attempt, prefix: str
+        self, attempt: _Attempt, passes: Sequence[Pass], prefix: str
     ) -> tuple[_Rewritten, Verification | None]:
         """Rewrite with less and less room for error, while a pass leaves room that fails."""
-        passes = self.passes
+        passes, narrow = self.passes, None
         while True:
             rewritten, verification = attempt(passes)
             applied = {result.name for result in rewritten.results if result.applied}
-            stricter = [one.stricter() if one.name in applied else None for one in passes]
             failed = verification is not None and verification.status == "failed"
-            if not failed or not any(stricter):
+            if failed and narrow is not None:  # no stricter one passes
+                rewritten, verification = attempt(narrow)
                 break
+            close = verification is not None and verification.severity > _CLOSE
+            stricter = [
+                one.stricter() if one.name in applied and (failed or one.cautious) else None
+                for one in passes
+            ]
+            if not (failed or close) or not any(stricter):
+                break
+            narrow = None if failed else passes
             passes = [new or old for new, old in zip(stricter, passes, strict=True)]
         for result in rewritten.results:
             self.reports[result.name].add(result, prefix)

@@ -68,12 +68,15 @@ class Pass(abc.ABC):
         default: Whether the pass belongs to the default set: it keeps inputs and outputs and does
             not grow the file.
         spans_phases: Whether the pass needs a decoder's prompt and steps in one model.
+        cautious: Whether its error differs so much among inputs that one which verification finds
+            close to the limit is too large: `stricter` is then tried as well.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     default: ClassVar[bool] = True
     spans_phases: ClassVar[bool] = False
+    cautious: ClassVar[bool] = False
 
     @abc.abstractmethod
     def sites(self, model: ir.Model) -> Iterator[Site | Skip]:
