@@ -17,6 +17,7 @@ from onnx_tricks.rewrite import Pass, Site, Skip
 from onnx_tricks.slim.calibration import sample_inputs
 from onnx_tricks.slim.dimensions import Length
 from onnx_tricks.slim.entrance import choose_phase, narrow_source
+from onnx_tricks.slim.forms import form_of, sharing
 from onnx_tricks.slim.layers import Layer, find_layers
 from onnx_tricks.slim.layout import (
     add_states,
@@ -31,7 +32,7 @@ from onnx_tricks.slim.plan import LayerPlan, Mode, Options, needs_inputs, plan_l
 from onnx_tricks.slim.positions import Angles, find_mask
 from onnx_tricks.slim.shapes import free_shapes
 from onnx_tricks.slim.states import State, replace_outputs
-from onnx_tricks.slim.write import form_of, layer_weights, write_operator
+from onnx_tricks.slim.write import layer_weights, write_operator
 
 __all__ = ["CacheType", "Mode", "Positions", "SlimAttention", "SlimSite"]
 
@@ -42,7 +43,7 @@ _CACHE_TYPES = {
     "fp16": ir.DataType.FLOAT16,
     "bf16": ir.DataType.BFLOAT16,
 }
-_LEAST_TOLERANCE, _STRICTER = 2.0, 0.6
+_LEAST_TOLERANCE, _STRICTER = 1.5, 0.6
 _OLDEST_OPSET = 13
 _OLDEST_IR = 8  # the first with model-local functions
 
@@ -98,6 +99,7 @@ class SlimAttention(Pass):
     summary: ClassVar[str] = "Cache keys, inputs or encoder states alone; changes cache inputs."
     default: ClassVar[bool] = False
     spans_phases: ClassVar[bool] = True
+    cautious: ClassVar[bool] = True
 
     mode: Mode = "auto"
     tolerance: float = 5.0
@@ -125,8 +127,9 @@ class SlimAttention(Pass):
                 layers.append(layer)
         inputs = self._inputs(model, [one for one in layers if needs_inputs(one, options)])
         mask = find_mask(model)
-        for layer in layers:
-            plan = plan_layer(layer, options, inputs.get(layer), mask)
+        found = [plan_layer(layer, options, inputs.get(layer), mask) for layer in layers]
+        yield from (one for one in found if isinstance(one, Skip))
+        for plan in sharing(one for one in found if isinstance(one, LayerPlan)):
             if isinstance(plan, Skip):
                 yield plan
             else:

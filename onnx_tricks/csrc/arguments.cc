@@ -173,8 +173,20 @@ class Reader {
     if (find("cos") && find("cos")->dims != find("sin")->dims)
       return "sin is " + spell(find("sin")->dims) + "; expected the shape of cos, " +
              spell(find("cos")->dims);
-    for (auto step : {&Reader::check_widths, &Reader::check_bias, &Reader::check_lengths})
+    for (auto step : {&Reader::check_norm, &Reader::check_widths, &Reader::check_bias,
+                      &Reader::check_lengths})
       if (Complaint complaint = (this->*step)(); !complaint.empty()) return complaint;
+    return {};
+  }
+
+  Complaint check_norm() {
+    const auto norm = static_cast<int>(p_.key_norm);
+    const int most = signature_.kind == Operator::kSlim ? 2 : 0;
+    if (norm < 0 || norm > most)
+      return "key_norm is " + std::to_string(norm) + "; expected " + (most ? "0, 1 or 2" : "none");
+    for (const char* name : {"key_gain", "key_shift"})
+      if (find(name) && !p_.normed())
+        return std::string(name) + " is given without key_norm; expected 1 or 2";
     return {};
   }
 
@@ -249,6 +261,8 @@ class Reader {
     p_.key_weight = data("key_weight");
     p_.value_weight = data("value_weight");
     p_.key_bias = data("key_bias");
+    p_.key_gain = data("key_gain");
+    p_.key_shift = data("key_shift");
     p_.value_bias = data("value_bias");
     p_.bias = data("bias");
     if (const Argument* cos = find("cos")) {
@@ -331,11 +345,12 @@ constexpr bool kCached = true, kOptional = true;
 // clang-format off
 const std::array<Signature, 3> kSignatures = {{
     {Operator::kSlim, "SlimAttention",
-     11, {{{"query", "BHTK"}, {"key", "BGTK"}, {"past_key", "BGCK", kCached},
+     13, {{{"query", "BHTK"}, {"key", "BGTK"}, {"past_key", "BGCK", kCached},
            {"value_weight", "GDV"}, {"cos", "bSA", false, kOptional},
            {"sin", "bSA", false, kOptional}, {"bias", "*", false, kOptional},
            {"residual", "BTr", false, kOptional}, {"past_residual", "BCr", kCached, kOptional},
-           {"key_bias", "G1K", false, kOptional}, {"value_bias", "H1V", false, kOptional}}},
+           {"key_bias", "G1K", false, kOptional}, {"value_bias", "H1V", false, kOptional},
+           {"key_gain", "G1K", false, kOptional}, {"key_shift", "G1K", false, kOptional}}},
      3, {{{"output", "BT+"}, {"present_key", "BGLK", kCached},
           {"present_residual", "BLr", kCached, kOptional}}}},
     {Operator::kHidden, "SlimHiddenAttention",

@@ -9,13 +9,6 @@
 
 namespace onnx_tricks {
 
-struct Attributes {
-  float scale = 1;
-  float softcap = 0;
-  bool interleaved = false;
-  bool safe = false;
-};
-
 // A tensor of an operator. Each dimension is a letter, for which one number stands throughout:
 // those of attention.h, C for the length of a past (P, or a capacity), A for R / 2, L for the
 // length of a present, 1, and in a leading place b for B or 1. "*" broadcasts to [B, H, T, S].
@@ -26,7 +19,7 @@ struct Tensor {
   bool optional = false;
 };
 
-constexpr std::size_t kMostInputs = 11;
+constexpr std::size_t kMostInputs = 13;
 
 // Inputs and outputs in order, as onnx_tricks/operators/signature.py has them.
 struct Signature {
@@ -40,7 +33,7 @@ struct Signature {
 
 extern const std::array<Signature, 3> kSignatures;
 
-// Fills in all but types and attributes, and has the outputs allocated. Null if all is well.
+// Fills in all but types and attributes, which are there, and has the outputs allocated. Null if all is well.
 ort::Status* read_arguments(const ort::Api* api, ort::KernelContext* context,
                             const Signature& signature, Problem& problem);
 

@@ -7,16 +7,25 @@
 //   latent [S, D]   the cached rows: keys of all groups side by side, then the residual
 //   (SlimAttention,
 //                   D = G K + r); or states of the layer or the encoder (the others)
-//   scores          SlimAttention: query . rotate(key + key_bias); the others:
-//                   (query @ key_weight) . latent
+//   scores          SlimAttention: query . rotate(norm(key + key_bias) * key_gain + key_shift);
+//                   the others: (query @ key_weight) . latent
 //   output          softmax(softcap(scale * scores) + bias) @ latent @ value_weight + value_bias
 #pragma once
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define ONNX_TRICKS_ANYWHERE __host__ __device__  // may be called by both
+#else
+#define ONNX_TRICKS_ANYWHERE
+#endif
+
 namespace onnx_tricks {
 
 enum class Operator { kSlim, kHidden, kCross };  // SlimAttention, SlimHiddenAttention, SlimCross...
+
+// What keys are normalised over before they are rotated: each head, or all heads of a token.
+enum class Norm : int { kNone, kHead, kHeads };
 
 enum class Type : int { kFloat = 1, kHalf = 10, kDouble = 11, kBrief = 16 };  // ONNX's numbers
 
@@ -57,7 +66,9 @@ struct Problem {
   const void* query = nullptr;         // [B, H, T, K]
   const void* key_weight = nullptr;    // [G, K, D]; null for SlimAttention
   const void* value_weight = nullptr;  // [G, D, V]
-  const void* key_bias = nullptr;      // [G, K] or null
+  const void* key_bias = nullptr;      // [G, K] or null; so are the next two
+  const void* key_gain = nullptr;      // only where keys are normalised
+  const void* key_shift = nullptr;
   const void* value_bias = nullptr;    // [H, V] or null
   const void* cos = nullptr;           // [S, R / 2] for each row of the batch, or null
   const void* sin = nullptr;
@@ -70,11 +81,20 @@ struct Problem {
   bool interleaved = false;  // neighbouring channels are rotated together, not those of two halves
   bool safe = false;         // rows in which everything is masked give zeros
 
+  Norm key_norm = Norm::kNone;
+  bool key_centered = false;  // the norm takes off the mean
+  float key_epsilon = 0;      // is added to the mean square
+
   void* output = nullptr;  // [B, T, H, V]
+
+  ONNX_TRICKS_ANYWHERE bool normed() const { return key_norm != Norm::kNone; }
 
   // Nothing to compute, though present states may have to be written: no numbers of an output.
   bool empty() const { return !(B && T && H && V); }
   std::int64_t share() const { return H / G; }  // heads of one group
+
+  // Of the keys of one token.
+  ONNX_TRICKS_ANYWHERE std::int64_t norms() const { return key_norm == Norm::kHead ? G : 1; }
 };
 
 }  // namespace onnx_tricks

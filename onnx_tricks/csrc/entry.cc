@@ -48,7 +48,7 @@ const Registered& registered(const ort::CustomOp* op) {
 struct Kernel {
   const ort::Api* api;
   const Registered* op;
-  Attributes attributes;
+  Problem attributes;  // types and attributes; the rest belongs to a call
   cpu::Attend* attend;
   ort::Allocator* allocator;  // of the provider's memory
 };
@@ -105,22 +105,28 @@ void read_attribute(const ort::Api* api, const ort::KernelInfo* info, const char
     ort::release_status(api, status);
 }
 
+template <class Number>
 void read_attribute(const ort::Api* api, const ort::KernelInfo* info, const char* name,
-                    bool& value) {
-  std::int64_t number = value;
+                    Number& value) {
+  auto number = static_cast<std::int64_t>(value);
   if (auto* status = ort::int_attribute(api, info, name, &number)) ort::release_status(api, status);
-  value = number != 0;
+  value = static_cast<Number>(number);
 }
 
 ort::Status* create(const ort::CustomOp* op, const ort::Api* api, const ort::KernelInfo* info,
                     void** made) {
   auto kernel = std::make_unique<Kernel>(Kernel{api, &registered(op), {}, nullptr, nullptr});
   kernel->attend = cpu::choose(kernel->op->type);
-  Attributes& attributes = kernel->attributes;
+  Problem& attributes = kernel->attributes;
+  attributes.type = kernel->op->type;
+  attributes.cache = kernel->op->cache;
   read_attribute(api, info, "scale", attributes.scale);
   read_attribute(api, info, "softcap", attributes.softcap);
   read_attribute(api, info, "interleaved", attributes.interleaved);
   read_attribute(api, info, "safe", attributes.safe);
+  read_attribute(api, info, "key_norm", attributes.key_norm);
+  read_attribute(api, info, "key_centered", attributes.key_centered);
+  read_attribute(api, info, "key_epsilon", attributes.key_epsilon);
   if (auto* status = ort::kernel_allocator(api, info, int{ort::kDefaultMemory}, &kernel->allocator))
     return status;
   *made = kernel.release();
@@ -149,13 +155,7 @@ ort::Status* launch(const Kernel& kernel, const ort::KernelContext* context,
 #endif
 
 ort::Status* run(const Kernel& kernel, ort::KernelContext* context) {
-  Problem problem;
-  problem.type = kernel.op->type;
-  problem.cache = kernel.op->cache;
-  problem.scale = kernel.attributes.scale;
-  problem.softcap = kernel.attributes.softcap;
-  problem.interleaved = kernel.attributes.interleaved;
-  problem.safe = kernel.attributes.safe;
+  Problem problem = kernel.attributes;
   if (auto* status = read_arguments(kernel.api, context, *kernel.op->signature, problem))
     return status;
 #ifdef ONNX_TRICKS_CUDA

@@ -39,8 +39,10 @@ def operator_function(op_type: str, form: Form) -> ir.Function:
     graph = ir.Graph(
         list(body.values.values()), results, nodes=body.nodes, opset_imports={"": form.opset}
     )
-    # The last two are in the nodes for the sake of native kernels, which have no form to look at.
-    floats, ints = ["scale", *["softcap"] * form.softcap], ["interleaved", "safe"]
+    normed = bool(form.norm)
+    floats = ["scale", *["softcap"] * form.softcap, *["key_epsilon"] * normed]
+    # These are in the nodes for the sake of native kernels, which have no form to look at.
+    ints = ["interleaved", "safe", *["key_norm", "key_centered"] * normed]
     attributes = [ir.Attr(name, ir.AttributeType.FLOAT, None) for name in floats]
     attributes += [ir.Attr(name, ir.AttributeType.INT, None) for name in ints]
     return ir.Function(DOMAIN, op_type, graph=graph, attributes=attributes)
@@ -126,6 +128,8 @@ def _slim(body: _Body) -> list[ir.Value]:
         presents.append(present)
     build, weight = body.build, body.widened("value_weight")
     positioned = build.Add(keys, body.widened("key_bias")) if body.has("key_bias") else keys
+    if body.form.norm:
+        positioned = _normalise(body, positioned)
     if body.has("cos"):
         positioned = _rotate(body, positioned)
     query = _grouped(body, _scaled_query(body), keys)
@@ -224,6 +228,24 @@ def _softmax(body: _Body, scores: ir.Value) -> ir.Value:
         zero = body.cast(build.Constant(value_float=0.0), ir.DataType.FLOAT, body.wide)
         weights = build.Where(build.IsNaN(weights), zero, weights)
     return weights
+
+
+def _normalise(body: _Body, keys: ir.Value) -> ir.Value:
+    """Normalise keys [B, G, S, K] over each head, or over all heads of a token; gain and shift."""
+    build, axes = body.build, [3] if body.form.norm == "head" else [1, 3]
+    lengths = build.Gather(build.Shape(keys), axes)
+    count = build.Cast(build.ReduceProd(lengths, keepdims=0), to=body.wide)
+
+    def mean(value: ir.Value) -> ir.Value:
+        return build.Div(build.ReduceSum(value, axes, keepdims=1), count)
+
+    if body.form.centered:
+        keys = build.Sub(keys, mean(keys))
+    size = build.Add(mean(build.Mul(keys, keys)), body.attribute("key_epsilon"))
+    keys = build.Div(keys, build.Sqrt(size))
+    if body.has("key_gain"):
+        keys = build.Mul(keys, body.widened("key_gain"))
+    return build.Add(keys, body.widened("key_shift")) if body.has("key_shift") else keys
 
 
 def _rotate(body: _Body, keys: ir.Value) -> ir.Value:

@@ -4,8 +4,9 @@ Dimensions: B batch, T new tokens, P cached tokens, S = P + T, H heads in G grou
 K width of a key head, E = G K, V width of a value head, D width of what is cached whole,
 r width of the residual, R number of rotated channels of a key head.
 
-SlimAttention          caches keys before rotation, and r values of a residual beside them:
-                       V = [keys | residual] @ value_weight
+SlimAttention          caches keys before norm and rotation, and r values of a residual beside them:
+                       V = [keys | residual] @ value_weight. What queries meet is
+                       rotate(norm(keys + key_bias) * key_gain + key_shift)
 SlimHiddenAttention    caches the layer's input x: K = x @ key_weight^T, V = x @ value_weight
 SlimCrossAttention     reads the states of an encoder, which nothing is appended to
 
@@ -18,10 +19,20 @@ has the shape of the past. The bodies know no such buffers: to them P is the len
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import onnx_ir as ir
 
-__all__ = ["DOMAIN", "INPUTS", "OUTPUTS", "STATE_KEY", "VERSION", "Form"]
+__all__ = [
+    "DOMAIN",
+    "INPUTS",
+    "KEY_NORMS",
+    "OUTPUTS",
+    "STATE_KEY",
+    "VERSION",
+    "Form",
+    "KeyNorm",
+]
 
 DOMAIN = "onnx_tricks"
 VERSION = 1
@@ -31,7 +42,7 @@ STATE_KEY = "onnx_tricks.state"
 INPUTS = {
     "SlimAttention": (
         "query",  # [B, H, T, K], rotated
-        "key",  # [B, G, T, K], before rotation and without bias
+        "key",  # [B, G, T, K], before norm and rotation and without bias
         "past_key",  # [B, G, P, K]
         "value_weight",  # [G, E + r, V]
         "cos",  # [B or 1, S, R / 2]
@@ -39,8 +50,10 @@ INPUTS = {
         "bias",  # broadcasts to [B, H, T, S]; added to the scores
         "residual",  # [B, T, r]
         "past_residual",  # [B, P, r]
-        "key_bias",  # [G, 1, K]; added before rotation
+        "key_bias",  # [G, 1, K]; added before norm and rotation
         "value_bias",  # [H, 1, V]
+        "key_gain",  # [G, 1, K]; multiplied after the norm; only where there is one
+        "key_shift",  # [G, 1, K]; added after the gain; likewise
     ),
     "SlimHiddenAttention": (
         "query",  # [B, H, T, K]
@@ -71,8 +84,14 @@ OUTPUTS = {
     "SlimHiddenAttention": ("output", "present_hidden"),  # [B, S, D]
     "SlimCrossAttention": ("output",),
 }
-"""Outputs in order. Attributes are `scale`, `softcap` where scores are capped, and what a native
-kernel cannot see in a body: `interleaved` and `safe`, as `Form` has them."""
+"""Outputs in order. Attributes are `scale`, `softcap` where scores are capped, `key_epsilon` where
+keys are normalised, and what a native kernel cannot see in a body: `interleaved` and `safe`, as
+`Form` has them; and for keys that are normalised `key_norm`, 1 for those of each head and 2 for
+those of all heads together, and `key_centered`, whether their mean is taken off."""
+
+KeyNorm = Literal["", "head", "heads"]
+KEY_NORMS: dict[KeyNorm, int] = {"": 0, "head": 1, "heads": 2}
+"""The numbers that the attribute `key_norm` has for them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +106,8 @@ class Form:
         softcap: Whether scores are capped, `softcap * tanh(scores / softcap)`.
         interleaved: Whether neighbouring channels are rotated together, not those of two halves.
         safe: Whether a row in which everything is masked (minus infinity) gives zeros.
+        norm: What keys are normalised over, if at all: each head, or all heads of a token.
+        centered: Whether that norm takes off the mean.
     """
 
     opset: int
@@ -96,3 +117,5 @@ class Form:
     softcap: bool = False
     interleaved: bool = False
     safe: bool = False
+    norm: KeyNorm = ""
+    centered: bool = False

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnx_tricks.patterns.axes import Axes
 from onnx_tricks.patterns.dry_run import DryRun
 
-__all__ = ["Cache", "appended", "input_behind", "leaving"]
+__all__ = ["Cache", "appended", "input_behind", "is_lone", "leaving"]
 
 _VIEWS = frozenset("Cast Identity Reshape Squeeze Transpose Unsqueeze".split())
 _MAX_NODES = 30
@@ -49,6 +49,11 @@ def appended(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
     return source, new
 
 
+def is_lone(node: ir.Node) -> bool:
+    """Whether a node joins one value with nothing, as tracers write a cache that is empty."""
+    return node.op_type == "Concat" and node.domain == "" and len(node.inputs) == 1
+
+
 def leaving(run: DryRun, value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
     """A view of a value by which it leaves its graph, and the output of the main graph it is."""
     pending = [value]
@@ -63,7 +68,9 @@ def leaving(run: DryRun, value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
         pending += [
             reader.outputs[0]
             for reader in value.consumers()
-            if reader.domain == "" and reader.op_type in _VIEWS and reader.inputs[0] is value
+            if reader.domain == ""
+            and (reader.op_type in _VIEWS or is_lone(reader))
+            and reader.inputs[0] is value
         ]
     return None
 
@@ -74,7 +81,9 @@ def input_behind(value: ir.Value | None) -> ir.Value | None:
         if value is None or value.is_graph_input():
             break
         node = value.producer()
-        if node is None or node.domain != "" or node.op_type not in {*_VIEWS, "Gather", "Split"}:
+        if node is None or node.domain != "":
+            return None
+        if node.op_type not in {*_VIEWS, "Gather", "Split"} and not is_lone(node):
             return None
         value = node.inputs[0]
     return value

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from onnx_tricks.graph.constants import evaluate
+from onnx_tricks.graph.constants import evaluate, is_constant
 from onnx_tricks.patterns.arithmetic import Array
 from onnx_tricks.patterns.block import Attention, OpaqueAttention
 from onnx_tricks.patterns.cache import Cache, input_behind, leaving
@@ -139,7 +139,9 @@ def _with_rotary(tracer: Tracer, node: ir.Node, heads: Heads, reading: _Reading)
     assert reading.tables is not None
     cos, sin, positions = reading.tables
     shape = tracer.run.shape(cos)
-    if heads.rotary is not None or heads.cache is not None or shape is None:
+    if not (is_constant(cos) and is_constant(sin)) or shape is None:
+        return "its tables of cos and sin are chosen anew at every step, for new tokens alone"
+    if heads.rotary is not None or heads.cache is not None:
         return "it rotates heads that have been rotated or cached before"
     value = heads.operand
     rotary = Rotary(

@@ -18,11 +18,11 @@ from onnx_tricks.graph.constants import is_constant
 from onnx_tricks.graph.names import described
 from onnx_tricks.patterns.arithmetic import Array
 from onnx_tricks.patterns.axes import Axes, complete, read_axes
-from onnx_tricks.patterns.cache import Cache, appended, leaving
+from onnx_tricks.patterns.cache import Cache, appended, is_lone, leaving
 from onnx_tricks.patterns.dry_run import DryRun, Unknown
+from onnx_tricks.patterns.head_norm import HeadNorm, HeadNorms, NormPart, whole_norm
 from onnx_tricks.patterns.labels import Letters, Origin, head_table
 from onnx_tricks.patterns.linear import Linear
-from onnx_tricks.patterns.norm import Norm, find_norms
 from onnx_tricks.patterns.projection import Projection, linear_behind
 from onnx_tricks.patterns.rotary import Rotary, find_rotary
 
@@ -69,7 +69,8 @@ class Heads:
         cache: The cache that they are read from, if any.
         rotary: The rotation they went through, if any.
         rotated_last: Whether a cache keeps them as they were before the rotation.
-        norm: The norm of each head or of all of them, if any, in front of the rotation.
+        norm: The norm they went through before the rotation, if any; a text where that is more
+            than an RMSNorm or a LayerNorm of each head or of all.
         projection: The linear layer they come from; None where they are an input of the graph.
         input: The input of the graph that they are, where nothing computes them.
         inside: Whether a fused operator projects, rotates or appends them by itself, so that
@@ -88,7 +89,7 @@ class Heads:
     cache: Cache | None = None
     rotary: Rotary | None = None
     rotated_last: bool = False
-    norm: Norm | None = None
+    norm: HeadNorm | str | None = None
     projection: Projection | None = None
     input: ir.Value | None = None
     inside: bool = False
@@ -105,6 +106,10 @@ class _Path:
 
     Attributes:
         given: Values that labels pass by, each with the one that they continue in.
+        norms: The norm that heads went through, in parts.
+        normed: The last value before heads are rotated or cached that is a norm of channels, apart
+            from views: gain and shift are those with which it leaves.
+        rotated_first: Whether the norm comes after the rotation.
         views: The values down to the first that is cached, rotated or normalised, latest first.
     """
 
@@ -112,7 +117,9 @@ class _Path:
     appended: tuple[ir.Value, ir.Value, ir.Node] | None = None
     rotary: Rotary | None = None
     rotated_last: bool = False
-    norm: Norm | None = None
+    norms: Sequence[NormPart] = ()
+    normed: ir.Value | None = None
+    rotated_first: bool = False
     state: ir.Value | None = None
     below: ir.Value | None = None
     views: list[ir.Value] = dataclasses.field(default_factory=list)
@@ -128,7 +135,7 @@ class Tracer:
     def __init__(self, model: ir.Model) -> None:
         """Prepare a model, whose shapes and types have been inferred."""
         self.run = DryRun(model)
-        self._norms = {norm.output: norm for norm in find_norms(model) if isinstance(norm, Norm)}
+        self._norms = HeadNorms(model)
         self._projected: dict[ir.Value, bool] = {}
 
     def trace(self, operand: Operand, rows: Collection[ir.Value] = ()) -> Heads | str:
@@ -179,14 +186,17 @@ class Tracer:
             node = value.producer()
             if node is None:
                 return value
-            norm = self._norms.get(value)
-            if norm is not None:
-                if path.norm is not None or norm.axis != -1:
+            norms = self._norms.read(value)
+            if isinstance(norms, str):
+                return norms
+            if norms is not None:
+                if path.norms:
                     return f"{described(node)} is a second norm of one head"
-                path.norm = norm
-                path.given[value] = norm.source
-                path.stage(value, norm.source)
-                value = norm.source
+                path.norms, source = norms
+                path.given |= {one.output: one.source for one in path.norms}
+                path.normed = path.below or value
+                path.stage(value, source)
+                value = source
                 continue
             joined = appended(node)
             if joined is not None:
@@ -211,6 +221,7 @@ class Tracer:
             if path.rotary is not None:
                 return f"{described(node)} rotates heads that are rotated again"
             path.rotary = rotary
+            path.rotated_first = bool(path.norms)
             path.given.update(rotary.idle)
             path.stage(value, rotary.source)
             value = rotary.source
@@ -220,7 +231,7 @@ class Tracer:
         """One node back along views and constant factors; and whether the node changes numbers."""
         if node.domain != "":
             return None
-        if node.op_type in _VIEWS:
+        if node.op_type in _VIEWS or is_lone(node):
             source = node.inputs[0]
             return None if source is None else (source, False)
         if node.op_type in _AFFINE and len(node.inputs) == 2:
@@ -241,14 +252,14 @@ class Tracer:
         return self._projected[value]
 
     def _look_back(self, value: ir.Value) -> bool:
-        if value in self._norms or linear_behind(value) is not None:
+        if self._norms.read(value) is not None or linear_behind(value) is not None:
             return True
         node = value.producer()
         if node is None or node.domain != "":
             return node is not None and node.op_type == "RotaryEmbedding"
         if appended(node) is not None or node.op_type == "RotaryEmbedding":
             return True
-        if node.op_type in _VIEWS or node.op_type == "Neg":
+        if node.op_type in {*_VIEWS, "Clip", "Neg"}:
             operands = node.inputs[:1]
         elif node.op_type in {*_AFFINE, "Concat"}:
             operands = node.inputs
@@ -276,6 +287,10 @@ class Tracer:
         if table is None:
             return f"{maker} does not give every token heads of its own"
         letters = Letters(origin, table)
+        last = path.state if path.state is path.normed else None
+        if last is not None and self._scale(operand, last) is None:
+            # Whatever else every channel is put through belongs to the norm.
+            path.state = path.normed = operand.value
         cache, kept = self._cache(path, letters, given)
         held = kept or path.state or self._bare(path, origin, table)
         scale = self._scale(operand, held)
@@ -296,7 +311,7 @@ class Tracer:
             cache,
             path.rotary,
             path.rotated_last,
-            path.norm,
+            self._norm(path, origin, table, given),
             Projection(
                 origin.source, linear, below, self._axes(below, output, letters), table, *affine
             ),
@@ -339,7 +354,7 @@ class Tracer:
         shape = self.run.shape(source)
         if not source.is_graph_input():
             return f"{source.name!r} is a constant"
-        if shape is None or path.appended is not None or path.norm is not None or path.rotary:
+        if shape is None or path.appended is not None or path.norms or path.rotary:
             return f"{source.name!r} is an input that is changed before it is multiplied"
         labels = np.arange(np.prod(shape), dtype=np.float64).reshape(shape)
         given = {**path.given, source: labels}
@@ -381,6 +396,27 @@ class Tracer:
             Cache(source, None, source, None, None, axes),
             input=source,
         )
+
+    def _norm(
+        self,
+        path: _Path,
+        origin: Origin,
+        table: _Indices,
+        given: Mapping[ir.Value, Array | ir.Value],
+    ) -> HeadNorm | str | None:
+        """The norm on a path, its gain and shift channel by channel."""
+        if path.normed is None:
+            return None
+        if path.rotated_first:
+            return "are normalised after their rotation"
+        place = np.full(origin.labels.shape[-1], -1)
+        place[table] = np.arange(table.size).reshape(table.shape)
+
+        def places(value: ir.Value) -> _Indices:
+            found: _Indices = place[origin.decode(self.run.replay(value, given))[2]]
+            return found
+
+        return whole_norm(self.run, path.norms, path.normed, places, table.shape)
 
     def _scale(self, operand: Operand, state: ir.Value) -> float | None:
         """The number that the operand is times the state."""

@@ -33,7 +33,10 @@ def unclear_mask(view: Attention, mask: ir.Value | None) -> str:
     if scores.floor is not None:
         return "clips scores from below"
     if view.node.domain == "" and (scores.causal or scores.window is not None):
-        return "masks by itself, in a way that versions of ONNX Runtime see differently"
+        return (
+            "masks later tokens by itself, which versions of ONNX Runtime place differently behind "
+            "a past: export it with the mask as an input"
+        )
     if scores.lengths is not None and not (mask and is_computed_from(scores.lengths, mask)):
         return "masks by lengths that are not counted along an attention mask"
     if scores.padding is not None and rank_of(scores.padding) != 2:

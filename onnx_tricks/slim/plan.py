@@ -13,6 +13,7 @@ from onnx_tricks.graph.shapes import dtype_of
 from onnx_tricks.graph.spill import spill
 from onnx_tricks.latent import UnrecoverableError, condition, round_jointly, value_spectrum
 from onnx_tricks.patterns.attention import Attention
+from onnx_tricks.patterns.head_norm import HeadNorm
 from onnx_tricks.patterns.projection import Projection
 from onnx_tricks.rewrite import Skip
 from onnx_tricks.slim.layers import Layer
@@ -123,8 +124,9 @@ def _cheapest(layer: Layer, options: Options, inputs: _Array | None) -> LayerPla
     view = layer.view
     keys = view.keys.projection
     assert keys is not None
-    # Behind a fused operator the type is not inferred; a layer computes in that of its weights.
-    dtype = dtype_of(view.query.state) or next(
+    # Queries may be wider, to be rotated. Behind a fused operator no type is inferred at all; a
+    # layer computes in that of its weights.
+    dtype = dtype_of(keys.source) or next(
         one.linear.weight.tensor.dtype
         for one in (keys, view.values.projection)
         if one and one.linear
@@ -132,12 +134,13 @@ def _cheapest(layer: Layer, options: Options, inputs: _Array | None) -> LayerPla
     before = view.keys.heads * (view.head_width + view.value_width)
     if view.cross:
         return _keep_input(layer, "SlimCrossAttention", dtype, options, before, 0)
-    if view.keys.rotary is None and options.mode != "k":
+    if not _changed(view) and options.mode != "k":
         if keys.width >= before:
             return Skip(layer.label, f"its input of {keys.width} numbers is no less than {before}")
         return _keep_input(layer, "SlimHiddenAttention", dtype, options, before, keys.width)
     if options.mode == "x":
-        return Skip(layer.label, "its keys are rotated, so its input cannot take their place")
+        how = "rotated" if view.keys.rotary is not None else "normalised"
+        return Skip(layer.label, f"its keys are {how}, so its input cannot take their place")
     return _keep_keys(layer, dtype, options, before, inputs)
 
 
@@ -145,7 +148,12 @@ def needs_inputs(layer: Layer, options: Options) -> bool:
     """Whether a plan can profit from rows of the layer's input."""
     view = layer.view
     known = view.keys.projection is not None and not view.cross
-    return known and (view.keys.rotary is not None or options.mode == "k") and options.mode != "x"
+    return known and (_changed(view) or options.mode == "k") and options.mode != "x"
+
+
+def _changed(view: Attention) -> bool:
+    """Whether keys meet queries as more than a linear function of the layer's input."""
+    return view.keys.rotary is not None or view.keys.norm is not None
 
 
 def _keep_input(
@@ -211,6 +219,7 @@ def _keep_keys(
         "value_bias": _by_head(basis.value_bias, view),
         "projection": projection,
         "center": basis.center,
+        **_norm_weights(view),
     }
     return LayerPlan(
         layer,
@@ -225,6 +234,13 @@ def _keep_keys(
         basis.predicted_error(cache.numpy()),
         None if inputs is None else _measure(inputs - basis.center, projection, rounded, cache),
     )
+
+
+def _norm_weights(view: Attention) -> dict[str, _Array]:
+    norm = view.keys.norm
+    if not isinstance(norm, HeadNorm):
+        return {}
+    return {"key_gain": norm.gain[:, None], "key_shift": norm.shift[:, None]}
 
 
 def _measure(rows: _Array, projection: _Array, rebuilt: _Array, cache: ir.DataType) -> float:
@@ -268,8 +284,10 @@ def _obstacle(layer: Layer, mask: ir.Value | None) -> str:
         unclear = unclear_mask(one, mask)
         if unclear:
             return f"{one.node.op_type} {unclear}"
-        if one.keys.norm is not None and not one.cross:
-            return "its keys are normalised before they are used, and cannot be undone"
+        if isinstance(one.keys.norm, str):
+            return f"its keys {one.keys.norm}"
+        if one.keys.norm is not None and one.cross:
+            return "the keys of an encoder are normalised"
         rotary = one.keys.rotary
         if rotary is not None and rotary.inside is None and rotary.positions is None:
             return "its rotation is not a function of the positions alone"

@@ -37,13 +37,14 @@ def has_own_product(view: Attention) -> bool:
     orders = (view.query.order, view.query.state_order)
     in_order = all(np.array_equal(one, np.arange(one.size)) for one in orders)
     arranged = all(sorted("".join(axes)) == sorted("bhsk") for axes in _arrangements(view))
-    return in_order and (view.query.inside or arranged)
+    straight = view.query.inside and view.query.norm is None
+    return in_order and (straight or arranged)
 
 
 def _arrangements(view: Attention) -> list[Axes]:
     query = view.query
     assert query.projection is not None
-    return [query.projection.axes, query.state_axes]
+    return [query.projection.axes, query.axes if query.inside else query.state_axes]
 
 
 def needs_angles(view: Attention) -> bool:
@@ -109,7 +110,7 @@ def _project(build: Builder, view: Attention, weights: Mapping[str, ir.Value]) -
         "k": [query.head_width],
     }
     made = build.Reshape(made, build.Concat(*sizes.values(), axis=0))
-    if query.inside:
+    if query.inside and query.norm is None:
         return build.Transpose(made, perm=[0, 2, 1, 3])
     letters = "".join(projection.axes)
     if letters != "bshk":
@@ -117,8 +118,11 @@ def _project(build: Builder, view: Attention, weights: Mapping[str, ir.Value]) -
     if len(projection.axes) < 4:
         lengths = [sizes.get(one, [-1]) for one in projection.axes]
         made = build.Reshape(made, build.Concat(*lengths, axis=0))
-    (state,) = repeat_on(build, [query.state], projection.output, made)
-    return heads_first(build, state, query.state_axes, view.heads)
+    last, axes = query.state, query.state_axes
+    if query.inside:
+        last, axes = query.operand, query.axes
+    (last,) = repeat_on(build, [last], projection.output, made)
+    return heads_first(build, last, axes, view.heads)
 
 
 def heads_first(build: Builder, value: ir.Value, axes: Axes, heads: int) -> ir.Value:

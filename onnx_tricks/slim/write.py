@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
@@ -11,61 +11,25 @@ import onnx_ir as ir
 
 from onnx_tricks.graph.build import Builder
 from onnx_tricks.graph.edit import add_constant
-from onnx_tricks.graph.shapes import dtype_of, rank_of
-from onnx_tricks.operators.signature import DOMAIN, INPUTS, OUTPUTS, Form
+from onnx_tricks.graph.shapes import dim, dtype_of, rank_of
+from onnx_tricks.operators.signature import DOMAIN, INPUTS, KEY_NORMS, OUTPUTS, Form
 from onnx_tricks.patterns.attention import Attention
+from onnx_tricks.patterns.head_norm import HeadNorm
 from onnx_tricks.patterns.scores import Bias, Mask
-from onnx_tricks.slim.masks import Masks, masks_inside
+from onnx_tricks.slim.forms import counts
+from onnx_tricks.slim.masks import Masks
 from onnx_tricks.slim.plan import LayerPlan
 from onnx_tricks.slim.positions import Angles
 from onnx_tricks.slim.queries import write_query
 from onnx_tricks.slim.states import builder_before
 
-__all__ = ["form_of", "layer_weights", "write_operator"]
-
-
-def form_of(plans: Iterable[LayerPlan], opset: int) -> dict[str, Form]:
-    """The form of each operator, wide enough for all layers that it takes the place of."""
-    groups: dict[str, list[LayerPlan]] = {}
-    for plan in plans:
-        groups.setdefault(plan.operator, []).append(plan)
-    return {operator: _common(operator, group, opset) for operator, group in groups.items()}
-
-
-def _common(operator: str, plans: list[LayerPlan], opset: int) -> Form:
-    views = [view for plan in plans for view in plan.layer.views]
-    rotary = plans[0].layer.view.keys.rotary
-    optional = {
-        "cos": rotary is not None,
-        "sin": rotary is not None,
-        "residual": any(plan.rank for plan in plans),
-        "past_residual": any(plan.rank for plan in plans),
-        "bias": any(view.scores.terms or masks_inside(view) for view in views),
-        **{
-            name: any(name in plan.weights and _counts(plan.weights[name]) for plan in plans)
-            for name in ("key_bias", "value_bias")
-        },
-    }
-    return Form(
-        opset=opset,
-        dtype=plans[0].dtype,
-        cache=plans[0].cache,
-        inputs=frozenset(name for name in INPUTS[operator] if optional.get(name, True)),
-        softcap=plans[0].layer.view.scores.softcap is not None,
-        interleaved=rotary is not None and rotary.interleaved,
-        safe=any(view.safe for view in views),
-    )
-
-
-def _counts(tensor: ir.TensorProtocol) -> bool:
-    """Whether a constant changes anything that it is added to."""
-    return bool(np.any(tensor.numpy()))
+__all__ = ["layer_weights", "write_operator"]
 
 
 def layer_weights(model: ir.Model, plan: LayerPlan, form: Form) -> dict[str, ir.Value]:
     """Register the weights of a layer; those without effect are left out."""
     wanted = {*form.inputs, "projection", "query", "query_bias"}
-    if "center" in plan.weights and _counts(plan.weights["center"]):
+    if "center" in plan.weights and counts(plan.weights["center"]):
         wanted.add("center")
     return {
         name: add_constant(model, f"{plan.layer.label}/{name}", tensor)
@@ -105,6 +69,8 @@ def write_operator(
     build = builder_before(model, anchor, f"{plan.layer.label}/slim")
     turns = angles.of(build, view, plan.dtype, states["past_key"]) if "cos" in form.inputs else {}
     query = write_query(build, view, weights, turns)
+    if not view.query.inside and dtype_of(view.query.state) not in (None, plan.dtype):
+        query = build.Cast(query, to=plan.dtype)
     given: dict[str, ir.Value | None] = {**weights, **states, **turns, "query": query}
     if "bias" in form.inputs:
         given["bias"] = _bias(build, view, plan.dtype, masks.of(build, view, query, states))
@@ -120,6 +86,11 @@ def write_operator(
         attributes.append(ir.AttrFloat32("softcap", view.scores.softcap or 0.0))
     attributes.append(ir.AttrInt64("interleaved", int(form.interleaved)))
     attributes.append(ir.AttrInt64("safe", int(form.safe)))
+    norm = view.keys.norm
+    if form.norm and isinstance(norm, HeadNorm):
+        attributes.append(ir.AttrInt64("key_norm", KEY_NORMS[form.norm]))
+        attributes.append(ir.AttrInt64("key_centered", int(form.centered)))
+        attributes.append(ir.AttrFloat32("key_epsilon", norm.epsilon))
     count = len(OUTPUTS[plan.operator])
     if "residual" not in form.inputs and plan.operator == "SlimAttention":
         count -= 1
@@ -181,9 +152,9 @@ def _bias(
     total = None if visible is None else _visible(build, visible, dtype, safe=view.safe)
     for term in view.scores.terms:
         if isinstance(term, Mask):
-            total = _masked(build, term, total, view.heads, dtype)
+            total = _masked(build, term, total, view, dtype)
         else:
-            value = _unfolded(build, term, term.value, view.heads)
+            value = _unfolded(build, term, term.value, view)
             if dtype_of(term.value) == ir.DataType.BOOL:
                 value = _visible(build, value, dtype, safe=view.safe)
             else:
@@ -203,12 +174,17 @@ def _visible(build: Builder, value: ir.Value, dtype: ir.DataType, *, safe: bool)
     return build.Where(value, zero, masked)
 
 
-def _unfolded(build: Builder, term: Bias | Mask, value: ir.Value, heads: int) -> ir.Value:
-    """What belongs to scores of all heads of all rows one behind the other, [B H, T, S]."""
-    if term.view is None or rank_of(value) == 0:
+def _unfolded(build: Builder, term: Bias | Mask, value: ir.Value, view: Attention) -> ir.Value:
+    """What may belong to scores of all heads of all rows one behind the other, [B H, T, S]."""
+    node = view.node if term.view is None else term.view
+    if node.domain != "" or (term.view is None and node.op_type != "Softmax"):
+        return value
+    assert node.inputs[0] is not None
+    folded = rank_of(node.inputs[0]) == 3
+    if not folded or rank_of(value) in (0, 1, 2) or dim(value, 0) == 1:
         return value
     lengths = build.Slice(build.Shape(value), [-2], [2**62])
-    return build.Reshape(value, build.Concat([-1], [heads], lengths, axis=0))
+    return build.Reshape(value, build.Concat([-1], [view.heads], lengths, axis=0))
 
 
 def _scaled(build: Builder, value: ir.Value, term: Bias | Mask, dtype: ir.DataType) -> ir.Value:
@@ -221,10 +197,10 @@ def _scaled(build: Builder, value: ir.Value, term: Bias | Mask, dtype: ir.DataTy
 
 
 def _masked(
-    build: Builder, term: Mask, total: ir.Value | None, heads: int, dtype: ir.DataType
+    build: Builder, term: Mask, total: ir.Value | None, view: Attention, dtype: ir.DataType
 ) -> ir.Value:
     """A replaced score as a term: what it is replaced by outweighs any score."""
-    condition = _unfolded(build, term, term.condition, heads)
-    fill = _scaled(build, _unfolded(build, term, term.fill, heads), term, dtype)
+    condition = _unfolded(build, term, term.condition, view)
+    fill = _scaled(build, _unfolded(build, term, term.fill, view), term, dtype)
     rest = np.zeros((), dtype=dtype.numpy()) if total is None else total
     return build.Where(condition, *((fill, rest) if term.holds else (rest, fill)))

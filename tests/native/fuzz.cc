@@ -149,6 +149,9 @@ class Fuzzer {
     problem.softcap = below(2) ? 3.0f : 0.0f;
     problem.interleaved = below(2);
     problem.safe = below(2);
+    problem.key_norm = static_cast<Norm>(below(below(8) ? 3 : 5));
+    problem.key_centered = below(2);
+    problem.key_epsilon = below(4) ? 1e-5f : 0.0f;
     choose_sizes();
     FakeContext context;
     make_inputs(signature, problem, context);

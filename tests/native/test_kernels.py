@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from tests.operators.nodes import SCALE, SOFTCAP, Array, key_feeds, run_node
+from tests.operators.nodes import EPSILON, SCALE, SOFTCAP, Array, key_feeds, run_node
 from tests.operators.reference import slim_attention, slim_hidden
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
@@ -48,7 +48,7 @@ class Draw:
             numbers = numbers.astype(kind.numpy()).astype(np.float64)
         return numbers
 
-    def keys(self) -> Case:
+    def keys(self, norm: str = "") -> Case:
         batch, heads, groups, new, past = self._sizes()
         width, out = self.pick(6, 16, 32, 64), self.pick(5, 16, 32)
         rank, rotated = self.pick(0, 4, 16), self.pick(0, width // 4, width // 2)
@@ -64,11 +64,15 @@ class Draw:
             feeds["past_residual"] = self.normal(batch, past, rank, cached=True)
         if rotated:
             feeds["cos"], feeds["sin"] = self.normal(2, self.pick(1, batch), past + new, rotated)
-        if self.pick(0, 1):
-            feeds["key_bias"] = self.normal(groups, 1, width)
+        form: dict[str, Any] = {"interleaved": interleaved}
+        if norm:
+            form |= {"norm": norm, "centered": bool(self.pick(0, 1))}
+        for name in ("key_bias", *["key_gain", "key_shift"] * bool(norm)):
+            if self.pick(0, 1):
+                feeds[name] = self.normal(groups, 1, width)
         options = self._rest(feeds, batch, heads, new, past, out)
-        expected = slim_attention(feeds, interleaved=interleaved, scale=SCALE, **options)
-        form = {"interleaved": interleaved, "softcap": bool(options)}
+        expected = slim_attention(feeds, scale=SCALE, epsilon=EPSILON, **form, **options)
+        form["softcap"] = bool(options)
         return Case("SlimAttention", feeds, expected, form)
 
     def hidden(self, op_type: str) -> Case:
@@ -142,30 +146,31 @@ def test_every_level_computes_what_the_definition_says(
     for seed in range(5):
         draw = Draw(seed, dtype, cache)
         for case in (
-            draw.keys(),
+            *(draw.keys(norm) for norm in ("", "head", "heads")),
             draw.hidden("SlimHiddenAttention"),
             draw.hidden("SlimCrossAttention"),
         ):
             _check(case, dtype, cache)
 
 
+@pytest.mark.parametrize("norm", ["", "head", "heads"])
 def test_new_rows_are_appended_in_place_where_past_and_present_are_one_buffer(
-    library: Path,
+    norm: str, library: Path
 ) -> None:
-    feeds = key_feeds(3, 5)
-    expected = slim_attention(feeds, scale=SCALE)
+    feeds = key_feeds(3, 5, norm=bool(norm))
+    expected = slim_attention(feeds, norm=norm, epsilon=EPSILON, scale=SCALE)
     room = {"past_key": 2, "past_residual": 1}
     for name, axis in room.items():
         extra = [(0, 6 if i == axis else 0) for i in range(feeds[name].ndim)]
         feeds[name] = np.pad(feeds[name], extra, constant_values=np.nan)
-    output, key, residual = run_node("SlimAttention", feeds, in_place=True)
+    output, key, residual = run_node("SlimAttention", feeds, in_place=True, norm=norm)
     _near(output, expected[0])
     assert key.shape[2] == residual.shape[1] == 11
     _near(key[:, :, :8], expected[1])
     _near(residual[:, :8], expected[2])
     assert np.isnan(key[:, :, 8:]).all()
     with pytest.raises(Exception, match="one buffer of at least S = 8 bound as past and present"):
-        run_node("SlimAttention", feeds)
+        run_node("SlimAttention", feeds, norm=norm)
 
 
 def _near(ours: Array, theirs: Array | None) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from onnx_tricks.operators.signature import KEY_NORMS
 from tests.operators.nodes import Array, hidden_feeds, key_feeds, run_node
 
 Change = Callable[[dict[str, Array]], None]
@@ -47,6 +48,8 @@ _KEYS = [
     (_without("sin"), "cos is given without sin"),
     (_without("past_residual"), "residual is given without past_residual"),
     (_resize("key_bias", 4, 6), r"key_bias is \[4, 6\]; expected \[G, 1, K\]"),
+    (_resize("key_gain", 4, 1, 6), "key_gain is given without key_norm"),
+    (_resize("key_shift", 4, 1, 6), "key_shift is given without key_norm"),
     (_resize("value_bias", 4, 1, 6), r"value_bias is \[4, 1, 6\]; expected \[H, 1, V\]"),
 ]
 
@@ -59,6 +62,23 @@ def test_wrong_shapes_are_named_with_those_expected(
     change(feeds)
     with pytest.raises(Exception, match=f"SlimAttention: .*({message})"):
         run_node("SlimAttention", feeds)
+
+
+def test_terms_of_a_norm_are_of_the_keys_shape(library: Path) -> None:
+    feeds = key_feeds(norm=True)
+    feeds["key_gain"] = np.zeros((1, 1, 6))
+    with pytest.raises(Exception, match=r"key_gain is \[1, 1, 6\]; expected \[G, 1, K\]"):
+        run_node("SlimAttention", feeds, norm="head")
+
+
+@pytest.mark.parametrize(("op_type", "norm"), [("SlimAttention", 3), ("SlimHiddenAttention", 1)])
+def test_norms_that_no_kernel_knows_are_refused(
+    op_type: str, norm: int, library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(KEY_NORMS, "head", norm)
+    feeds = key_feeds() if op_type == "SlimAttention" else hidden_feeds()
+    with pytest.raises(Exception, match=f"{op_type}: key_norm is {norm}; expected"):
+        run_node(op_type, feeds, norm="head")
 
 
 def test_wider_rotation_than_keys_is_refused(library: Path) -> None:

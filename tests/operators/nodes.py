@@ -12,12 +12,12 @@ import onnx_ir as ir
 import onnxruntime
 
 from onnx_tricks.operators.body import operator_function
-from onnx_tricks.operators.signature import DOMAIN, INPUTS, OUTPUTS, VERSION, Form
+from onnx_tricks.operators.signature import DOMAIN, INPUTS, KEY_NORMS, OUTPUTS, VERSION, Form
 from onnx_tricks.runtime.library import find_library, register
 from onnx_tricks.runtime.sessions import read_value
 
 Array = np.ndarray[Any, np.dtype[Any]]
-SCALE, SOFTCAP = 0.3, 5.0
+SCALE, SOFTCAP, EPSILON = 0.3, 5.0, 0.25
 
 
 def one_node(
@@ -28,7 +28,7 @@ def one_node(
     opset: int = 18,
     dtype: ir.DataType = ir.DataType.FLOAT,
     cache: ir.DataType = ir.DataType.FLOAT,
-    **form: bool,
+    **form: Any,
 ) -> onnx.ModelProto:
     """A model of one node of an operator, with its function."""
     values = {
@@ -42,6 +42,10 @@ def one_node(
     if form.get("softcap"):
         attributes.append(ir.AttrFloat32("softcap", SOFTCAP))
     attributes += [ir.AttrInt64(n, form.get(n, False)) for n in ("interleaved", "safe")]
+    if form.get("norm"):
+        attributes.append(ir.AttrInt64("key_norm", KEY_NORMS[form["norm"]]))
+        attributes.append(ir.AttrInt64("key_centered", form.get("centered", False)))
+        attributes.append(ir.AttrFloat32("key_epsilon", EPSILON))
     inputs = [values.get(n) for n in INPUTS[op_type]]
     node = ir.Node(DOMAIN, op_type, inputs, attributes, num_outputs=len(names))
     for output, name in zip(node.outputs, names, strict=True):
@@ -121,6 +125,7 @@ def key_feeds(
     rank: int = 3,
     rotary: int = 6,
     bias: bool = True,
+    norm: bool = False,
 ) -> dict[str, Array]:
     random = np.random.default_rng((tokens, past, heads, groups, rank, rotary))
     batch, width, out = 2, 6, 5
@@ -136,6 +141,8 @@ def key_feeds(
         "bias": (batch, 1, tokens, past + tokens),
     }
     feeds = {name: random.standard_normal(shape) for name, shape in shapes.items()}
+    if norm:
+        feeds["key_gain"], feeds["key_shift"] = random.standard_normal((2, groups, 1, width))
     if rotary:
         angles = random.uniform(0, 6, (batch, past + tokens, rotary // 2))
         feeds |= {"cos": np.cos(angles), "sin": np.sin(angles)}

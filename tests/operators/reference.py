@@ -49,12 +49,28 @@ def attend(
     return heads.transpose(0, 2, 1, 3).reshape(len(heads), heads.shape[2], -1)
 
 
+def normalise(keys: Array, norm: str, centered: bool, epsilon: float) -> Array:
+    """Keys [B, G, S, K], over the channels of a "head" or of all "heads"."""
+    axes = -1 if norm == "head" else (1, 3)
+    mean = keys.mean(axes, keepdims=True) if centered else 0
+    return (keys - mean) / np.sqrt(((keys - mean) ** 2).mean(axes, keepdims=True) + epsilon)
+
+
 def slim_attention(
-    feeds: dict[str, Array], *, interleaved: bool = False, **options: float
+    feeds: dict[str, Array],
+    *,
+    interleaved: bool = False,
+    norm: str = "",
+    centered: bool = False,
+    epsilon: float = 0.0,
+    **options: float,
 ) -> tuple[Array, Array, Array | None]:
     """The operator SlimAttention: output, present key, present residual."""
     present = np.concatenate([feeds["past_key"], feeds["key"]], axis=2)
     keys = present + feeds.get("key_bias", 0)
+    if norm:
+        keys = normalise(keys, norm, centered, epsilon)
+        keys = keys * feeds.get("key_gain", 1) + feeds.get("key_shift", 0)
     if "cos" in feeds:
         keys = rotate(keys, feeds["cos"], feeds["sin"], interleaved)
     latent = present.transpose(0, 2, 1, 3).reshape(len(present), present.shape[2], -1)

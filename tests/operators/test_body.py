@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from tests.operators.nodes import SCALE, SOFTCAP, hidden_feeds, key_feeds, run_node
+from tests.operators.nodes import EPSILON, SCALE, SOFTCAP, hidden_feeds, key_feeds, run_node
 from tests.operators.reference import slim_attention, slim_hidden
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -38,6 +38,19 @@ def test_slim_attention_rotates_part_of_a_head_either_way(rotary: int, interleav
     feeds = key_feeds(rotary=rotary)
     output, *_ = run_node("SlimAttention", feeds, interleaved=interleaved)
     _close(output, slim_attention(feeds, interleaved=interleaved, scale=SCALE)[0])
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("norm", ["head", "heads"])
+@pytest.mark.parametrize(("tokens", "terms"), [(1, True), (7, True), (1, False)])
+def test_slim_attention_normalises_keys_before_it_rotates_them(
+    tokens: int, terms: bool, norm: str, centered: bool
+) -> None:
+    feeds = key_feeds(tokens, rotary=4, bias=terms, norm=terms)
+    output, key, _ = run_node("SlimAttention", feeds, norm=norm, centered=centered)
+    expected = slim_attention(feeds, norm=norm, centered=centered, epsilon=EPSILON, scale=SCALE)
+    _close(output, expected[0])
+    _close(key, expected[1])
 
 
 def test_slim_attention_does_without_residual_and_biases() -> None:

@@ -219,10 +219,15 @@ def test_torch_dynamo_exports_are_slimmed_too(
         *[(name, 1.8) for name in ("phi", "gpt_neox", "gptj", "phi3_heads", "olmo_heads")],
         ("stablelm_heads", 1.8),
         ("gemma_wide", 1.9),
+        # Normalised before that: all heads together, each by itself, with gains of its own.
+        *[("olmo2_heads", 1.7), ("qwen3_heads", 1.7), ("cohere_normed", 1.9), ("phi_normed", 1.9)],
+        # Not every layer rotates its keys.
+        ("smollm3_heads", 1.7),
         # No rotation: learned positions, ALiBi.
         *[(name, 2.0) for name in ("opt", "bloom", "mpt")],
         # Encoder and decoder: nothing is cached for the encoder.
         *[(name, 4.0) for name in ("bart", "marian", "pegasus", "m2m_100")],
+        ("trocr", 4.0),
         ("t5_wide", 32.0),
     ],
 )
@@ -247,6 +252,21 @@ def test_grouped_queries_are_refused_with_their_dimensions(family: str, export: 
     assert all(
         isinstance(one, Skip) and "cannot determine an input of" in one.reason for one in found
     )
+
+
+def test_layers_that_could_not_share_an_operator_are_told(export: Export) -> None:
+    model = load_model(export("smollm3_heads") / "model.onnx").model
+    annotate(model)
+    skip, site = SlimAttention(mode="k", calibrate=False).sites(model)
+    assert isinstance(skip, Skip)
+    assert isinstance(site, Site)
+    assert "in the rotation of its keys" in skip.reason
+    assert site.count == 1
+
+
+def test_normalised_keys_are_slimmed_in_half_precision(export: Export, tmp_path: Path) -> None:
+    found = _slim(export("olmo2_heads", "optimum", "fp16") / "model.onnx", tmp_path / "slim.onnx")
+    assert found["applied"] == 2
 
 
 def _layer(model: ir.Model) -> Layer:

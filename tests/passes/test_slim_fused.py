@@ -68,6 +68,15 @@ def test_graphs_fused_by_onnx_runtime_are_slimmed(
     assert Counter(row["operator"] for row in report.passes[0].details) == operators
 
 
+def test_queries_that_shared_a_product_with_keys_keep_their_norm(
+    export: Export, tmp_path: Path
+) -> None:
+    source = export("qwen3_heads", "genai") / "model.onnx"
+    report = optimize(source, tmp_path / "slim.onnx", passes=[SlimAttention()]).report
+    assert report.verification.status == "passed"
+    assert report.passes[0].applied == 2
+
+
 @pytest.mark.parametrize("family", ["gpt_neox", "phi3_heads", "codegen", "bloom", "mpt"])
 def test_queries_leave_the_product_they_shared_with_keys_and_values(
     family: str, export: Export, tmp_path: Path

@@ -14,8 +14,8 @@ import onnxruntime
 
 from onnx_tricks.graph.shapes import dtype_of
 from onnx_tricks.patterns.attention import Attention
+from onnx_tricks.patterns.head_norm import HeadNorm
 from onnx_tricks.patterns.heads import Heads
-from onnx_tricks.patterns.norm import Norm
 from onnx_tricks.patterns.rotary import Rotary
 from onnx_tricks.patterns.scores import Bias
 
@@ -174,11 +174,10 @@ def heads_again(heads: Heads, values: Values) -> np.ndarray | None:
     rows = x @ projection.matrix()
     bias = projection.bias()
     rows = rows if bias is None else rows + bias
-    if heads.norm is not None and heads.norm.width == rows.shape[-1]:
-        rows = normalised(heads.norm, rows)
     count = projection.heads
     found = np.swapaxes(rows.reshape(*rows.shape[:-1], count, -1), 1, 2)
-    if heads.norm is not None and heads.norm.width != rows.shape[-1]:
+    if heads.norm is not None:
+        assert isinstance(heads.norm, HeadNorm)
         found = normalised(heads.norm, found)
     found = found[:, heads.state_order]
     if heads.rotary is not None and not heads.rotated_last:
@@ -195,11 +194,13 @@ def lines(heads: Heads) -> list[int]:
     return [known.index(head) for head in heads.order]
 
 
-def normalised(norm: Norm, array: np.ndarray) -> np.ndarray:
-    if norm.kind == "layer":
-        array = array - array.mean(-1, keepdims=True)
-    root = np.sqrt((array**2).mean(-1, keepdims=True) + norm.epsilon)
-    return array / root * norm.gain + (0 if norm.bias is None else norm.bias)
+def normalised(norm: HeadNorm, heads: np.ndarray) -> np.ndarray:
+    """Heads [B, G, S, K], each normalised by itself or all of a token."""
+    axes = (1, 3) if norm.whole else 3
+    if norm.centered:
+        heads = heads - heads.mean(axes, keepdims=True)
+    root = np.sqrt((heads**2).mean(axes, keepdims=True) + norm.epsilon)
+    return heads / root * norm.gain[:, None] + norm.shift[:, None]
 
 
 def rotated(rotary: Rotary, heads: np.ndarray, values: Values) -> np.ndarray:

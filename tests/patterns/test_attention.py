@@ -15,20 +15,21 @@ from onnx_tricks.graph.shapes import annotate
 from onnx_tricks.models import demo_path
 from onnx_tricks.patterns.attention import find_attentions
 from onnx_tricks.patterns.block import Attention, OpaqueAttention
+from onnx_tricks.patterns.head_norm import HeadNorm
 from tests import toys
 from tests.conftest import Export, import_recipes
 from tests.patterns import recompute
 
-FAMILIES = import_recipes().families.FAMILIES
-# Where heads have not 12 channels.
-WIDTHS = {
-    **dict.fromkeys("qwen3 gemma gemma_wide gemma2 gemma3 gpt_oss t5".split(), 14),
-    "t5_wide": 96,
-}
-SHARED = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3"} | {
-    *("olmo", "olmo2", "cohere", "stablelm", "granite", "qwen3_moe")
-}
-OPTIMUM = [name for name in FAMILIES if name not in ("mixtral", "gpt_oss")]
+import_recipes()  # where the exporters are not, skip
+
+from transformers import AutoConfig  # noqa: E402
+
+OPTIMUM = [
+    *"llama mistral qwen2 qwen3 gemma gemma_wide gemma2 gemma3 phi phi3 phi3_heads gpt2".split(),
+    *"gpt_neox gptj codegen opt bloom falcon mpt olmo olmo_heads olmo2 cohere stablelm".split(),
+    *"stablelm_heads granite qwen3_moe bert roberta distilbert albert vit t5 t5_wide bart".split(),
+    *"marian pegasus m2m_100 whisper".split(),
+]
 DYNAMO = [
     ("llama", "dynamo18"),
     ("llama", "dynamo23"),
@@ -43,15 +44,15 @@ DYNAMO = [
 ]
 # By family: channels turned, and whether neighbours are.
 ROTARY = {
-    "llama": (12, False),
-    "phi": (6, False),
+    "llama": (16, False),
+    "phi": (16, False),
     "gpt_neox": (6, False),
     "gptj": (8, True),
     "codegen": (8, True),
     "cohere": (12, True),
     "stablelm": (6, False),
     "falcon": (12, False),
-    "gemma3": (14, False),
+    "gemma3": (16, False),
 }
 
 
@@ -76,12 +77,16 @@ def hold(source: Path | onnx.ModelProto, count: int, batch: int = 2) -> list[Att
 @pytest.mark.parametrize("name", OPTIMUM)
 def test_every_block_of_a_family_is_computed_again(export: Export, name: str) -> None:
     folder = export(name, "optimum")
+    config = AutoConfig.from_pretrained(folder)
+    heads = config.num_attention_heads
+    width = getattr(config, "d_kv", config.hidden_size // heads)
+    width = getattr(config, "head_dim", None) or width
+    shared = 1 if name == "falcon" else getattr(config, "num_key_value_heads", heads)
     for file in sorted(folder.glob("*model.onnx")):
         cross = file.stem.startswith("decoder")
         for block in hold(file, 4 if cross else 2):
-            assert (block.heads, block.head_width) == (4, WIDTHS.get(name, 12))
-            assert block.value_width == block.head_width
-            assert block.key_heads == (1 if name == "falcon" else 2 if name in SHARED else 4)
+            assert (block.heads, block.key_heads) == (heads, shared)
+            assert (block.head_width, block.value_width) == (width, width)
             assert block.merged is not None
             assert block.projection is not None
 
@@ -356,6 +361,91 @@ def test_keys_that_are_rotated_after_reading_the_cache_are_told() -> None:
     assert block.keys.rotated_last
     assert block.keys.rotary.source is block.keys.cache.present
     assert block.keys.rotary.positions.name == "r"
+
+
+PLACE = "k = Transpose<perm=[0,2,3,1]>(kn) s0 = MatMul(q, k) s = Mul(s0, half) "
+EACH = "k1 = Reshape(k0, heads) "
+SIZE = "k2 = Mul(k1, k1) k3 = ReduceMean<keepdims=1>(k2, last) k4 = Add(k3, eps) k5 = Sqrt(k4) "
+DEVIATION = "m = ReduceMean<keepdims=1>(k0, last) k1 = Sub(k0, m) "
+NORMS = {  # of keys k0 [B, S, 16], as kn [B, S, 4, 4]; whether over all heads, and centred
+    "one gain": (EACH + "kn = LayerNormalization<axis=-1>(k1, gain, shift) ", False, True),
+    "no gain": (EACH + SIZE + "kn = Div(k1, k5) ", False, False),
+    "a gain for each head": (EACH + SIZE + "n = Div(k1, k5) kn = Mul(gains, n) ", False, False),
+    "gain and shift for each head": (
+        EACH + "n = LayerNormalization<axis=-1>(k1, gain) n1 = Mul(n, gains) kn = Add(n1, gains) ",
+        False,
+        True,
+    ),
+    "deviations from the mean": (
+        f"{DEVIATION}{SIZE}n = Div(k1, k5) n1 = Mul(n, g) kn = Reshape(n1, heads) ",
+        True,
+        True,
+    ),
+    "an operator for each head": (
+        EACH + "h0, h1, h2, h3 = Split<axis=2, num_outputs=4>(k1) "
+        "n0 = LayerNormalization<axis=-1>(h0, gain) n1 = LayerNormalization<axis=-1>(h1, twice) "
+        "n2 = LayerNormalization<axis=-1>(h2, gain) n3 = LayerNormalization<axis=-1>(h3, gain) "
+        "kn = Concat<axis=2>(n0, n1, n2, n3) ",
+        False,
+        True,
+    ),
+    "all heads": (
+        "n = LayerNormalization<axis=-1>(k0, g, beta) kn = Reshape(n, heads) ",
+        True,
+        True,
+    ),
+}
+OTHER_NORMS = {
+    "more than a head": (
+        (
+            "k1 = Reshape(k0, twos) n = LayerNormalization<axis=-1>(k1, eights) "
+            "kn = Reshape(n, heads) "
+        ),
+        "over other channels than those of one head or of all",
+    ),
+    "two kinds of norm": (
+        EACH + "h0, h1 = Split<axis=2, num_outputs=2>(k1) "
+        "n0 = LayerNormalization<axis=-1>(h0, gain) "
+        "n1 = LayerNormalization<axis=-1, epsilon=0.1>(h1, gain) kn = Concat<axis=2>(n0, n1) ",
+        "in another way than by one RMSNorm or LayerNorm",
+    ),
+}
+
+
+def normed(body: str) -> onnx.ModelProto:
+    random = np.random.default_rng(7)
+    extra = {
+        "flat3": EXTRA["flat3"],
+        "gain": random.standard_normal(4).astype(np.float32),
+        "twice": random.standard_normal(4).astype(np.float32),
+        "shift": random.standard_normal(4).astype(np.float32),
+        "gains": random.standard_normal((4, 4)).astype(np.float32),
+        "eights": random.standard_normal(8).astype(np.float32),
+        "twos": np.array([0, 0, 2, 8]),
+    }
+    queries = "q1 = Reshape(q0, heads) q = Transpose<perm=[0,2,1,3]>(q1) "
+    values = "v1 = Reshape(v0, heads) v = Transpose<perm=[0,2,1,3]>(v1) "
+    body = PROJECT + queries + values + body + PLACE + WEIGH + MERGE
+    return toys.model(body, inputs="x[2,3,D]", extra=extra)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_every_norm_of_keys_is_computed_again(name: str) -> None:
+    body, whole, centered = NORMS[name]
+    (block,) = hold(normed(body), 1)
+    norm = block.keys.norm
+    assert isinstance(norm, HeadNorm)
+    assert (norm.whole, norm.centered) == (whole, centered)
+    assert block.query.norm is None
+
+
+@pytest.mark.parametrize("name", OTHER_NORMS)
+def test_other_norms_of_keys_are_told(name: str) -> None:
+    body, reason = OTHER_NORMS[name]
+    _, (block,) = views(normed(body))
+    assert isinstance(block, Attention)
+    assert isinstance(block.keys.norm, str)
+    assert reason in block.keys.norm
 
 
 REFUSED = {

@@ -116,7 +116,7 @@ class Absorbed {
     Running* running = &this->running(split, row);
     for (std::int64_t i = 0; i < count; ++i) running[i] = kNothingSeen;
     const Bias bias(p_, first_ + b);
-    Tile tile(p_, layout_, first_ + b, tokens_, blocks_ > 1, room);
+    Tile tile(p_, layout_, call_.key_terms(), first_ + b, tokens_, blocks_ > 1, room);
     const std::int64_t tiles = (p_.S + tokens_ - 1) / tokens_;
     const std::int64_t end = least(p_.S, tiles * (split + 1) / splits_ * tokens_);
     bool add = false;
@@ -166,8 +166,8 @@ class Absorbed {
       const std::int64_t g = (start + i) / dense;
       const std::int64_t rows = least(count, (g + 1) * dense - start) - i;
       multiply_transposed({queries[i], width_},
-                          tile.positioned(g, tile.latent(g), call_.key_bias(g)), rows, n, width_,
-                          {scores[i], scores.stride}, tile.ahead(p_.latent, g, 0));
+                          tile.positioned(g), rows, n, width_, {scores[i], scores.stride},
+                          tile.ahead(p_.latent, g, 0));
       i += rows;
     }
   }

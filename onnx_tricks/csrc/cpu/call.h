@@ -37,8 +37,7 @@ class Call {
     return {value_weight_[g * p.D + first], value_weight_.stride};
   }
 
-  // Of one group, padded; null where there is none.
-  const float* key_bias(std::int64_t g) const { return key_bias_.data ? key_bias_[g] : nullptr; }
+  const KeyTerms& key_terms() const { return key_terms_; }
 
   // Queries [T, K] of one head, scaled, [T, layout.K].
   void read_queries(std::int64_t b, std::int64_t h, std::int64_t t, std::int64_t count,
@@ -97,20 +96,28 @@ class Call {
     FloatRows value{p.value_weight, p.type, p.V, nullptr};
     const std::int64_t keys = key.data && !key.in_place() ? p.G * p.K * layout.D : 0;
     const std::int64_t values = value.in_place() ? 0 : p.G * p.D * layout.V;
-    FloatRows bias{p.key_bias, p.type, p.K, nullptr};
-    key.room = scratch(Purpose::kWeights, keys + values + p.G * layout.K);
+    key.room = scratch(Purpose::kWeights, keys + values + 3 * p.G * layout.K);
     value.room = key.room + keys;
     if (key.data) key.read(p.G * p.K);
     value.read(p.G * p.D);
-    bias.room = value.room + values;
-    if (bias.data) bias.read(p.G);
-    if (bias.data) key_bias_ = bias.rows();
+    float* room = value.room + values;
+    const auto read = [&](const void* data, Rows& rows) {
+      const FloatRows term{data, p.type, p.K, room};
+      room += p.G * layout.K;
+      if (!data) return;
+      term.read(p.G);
+      rows = term.rows();
+    };
+    read(p.key_bias, key_terms_.bias);
+    read(p.key_gain, key_terms_.gain);
+    read(p.key_shift, key_terms_.shift);
     key_weight_ = key.rows();
     value_weight_ = value.rows();
   }
 
   const Parallel& parallel_;
-  Rows key_weight_ = {}, value_weight_ = {}, key_bias_ = {};
+  Rows key_weight_ = {}, value_weight_ = {};
+  KeyTerms key_terms_ = {};
 };
 
 }  // namespace

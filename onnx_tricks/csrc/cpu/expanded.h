@@ -59,12 +59,12 @@ class Expanded {
   // Keys and values of one group for one tile of tokens.
   void expand(std::int64_t b, std::int64_t g, std::int64_t index) const {
     const std::int64_t start = index * kTokens, n = least(kTokens, p_.S - start);
-    Tile tile(p_, layout_, first_ + b, kTokens, true,
+    Tile tile(p_, layout_, call_.key_terms(), first_ + b, kTokens, true,
               scratch(Purpose::kTask, Tile::room(p_, layout_, kTokens)));
     tile.move(start, n);
     const Target columns{keys(b, g, index), kTokens};
     if (call_.slim()) {
-      const Rows rows = tile.positioned(g, tile.latent(g), call_.key_bias(g));
+      const Rows rows = tile.positioned(g);
       for (std::int64_t s = 0; s < n; ++s)
         for (std::int64_t k = 0; k < p_.K; ++k) columns[k][s] = rows[s][k];
     } else {

@@ -13,7 +13,8 @@ namespace {
 
 class Plain {
  public:
-  explicit Plain(const Problem& problem) : p_(problem) {}
+  explicit Plain(const Problem& problem)
+      : p_(problem), moments_(problem.normed() ? problem.B * problem.norms() * problem.S : 0) {}
 
   void append(const State& state, std::int64_t row) const {
     const auto* past =
@@ -23,6 +24,23 @@ class Plain {
     if (!state.in_place()) std::memcpy(present, past, p_.P * state.width * sizeof(double));
     for (std::int64_t i = 0; i < p_.T * state.width; ++i)
       present[p_.P * state.width + i] = fresh[i];
+  }
+
+  // Of the keys of one row of the batch that are normalised together.
+  void measure(std::int64_t b, std::int64_t norm) {
+    const std::int64_t groups = p_.G / p_.norms(), first = norm * groups;
+    const auto mean = [&](std::int64_t s, auto&& term) {
+      double sum = 0;
+      for (std::int64_t g = first; g < first + groups; ++g)
+        for (std::int64_t k = 0; k < p_.K; ++k) sum += term(biased(b, g, s, k));
+      return sum / double(groups * p_.K);
+    };
+    for (std::int64_t s = 0; s < p_.S; ++s) {
+      Moments& of = moments_[(b * p_.norms() + norm) * p_.S + s];
+      of.mean = p_.key_centered ? mean(s, [](double x) { return x; }) : 0;
+      const double square = mean(s, [&](double x) { return (x - of.mean) * (x - of.mean); });
+      of.scale = 1 / std::sqrt(square + double(p_.key_epsilon));
+    }
   }
 
   void attend(std::int64_t b, std::int64_t h) const {
@@ -64,6 +82,10 @@ class Plain {
   }
 
  private:
+  struct Moments {
+    double mean, scale;
+  };
+
   double cached(const State& state, std::int64_t b, std::int64_t g, std::int64_t s,
                 std::int64_t c) const {
     const std::int64_t row = (b * state.groups + g) * state.present_length + s;
@@ -88,9 +110,21 @@ class Plain {
         row[d] += double(query[k]) * double(weight[k * p_.D + d]);
   }
 
-  double key(std::int64_t b, std::int64_t g, std::int64_t s, std::int64_t k) const {
+  double biased(std::int64_t b, std::int64_t g, std::int64_t s, std::int64_t k) const {
     double value = cached(p_.latent, b, g, s, k);
     if (p_.key_bias) value += double(static_cast<const double*>(p_.key_bias)[g * p_.K + k]);
+    return value;
+  }
+
+  // Before its rotation.
+  double key(std::int64_t b, std::int64_t g, std::int64_t s, std::int64_t k) const {
+    double value = biased(b, g, s, k);
+    if (!p_.normed()) return value;
+    const std::int64_t norm = g * p_.norms() / p_.G;
+    const Moments& of = moments_[(b * p_.norms() + norm) * p_.S + s];
+    value = (value - of.mean) * of.scale;
+    if (p_.key_gain) value *= double(static_cast<const double*>(p_.key_gain)[g * p_.K + k]);
+    if (p_.key_shift) value += double(static_cast<const double*>(p_.key_shift)[g * p_.K + k]);
     return value;
   }
 
@@ -115,18 +149,26 @@ class Plain {
   }
 
   const Problem& p_;
+  std::vector<Moments> moments_;  // [B, norms, S]
 };
 
 }  // namespace
 
 void attend_plain(const Problem& p, const Parallel& parallel) {
-  const Plain plain(p);
+  Plain plain(p);
   for (const State* state : {&p.latent, &p.residual}) {
     if (p.kind == Operator::kCross || !state->width) continue;
     auto append = [&](std::size_t row) { plain.append(*state, static_cast<std::int64_t>(row)); };
     parallel(static_cast<std::size_t>(p.B * state->groups), append);
   }
   if (p.empty()) return;
+  if (p.normed()) {
+    auto measure = [&](std::size_t i) {
+      plain.measure(static_cast<std::int64_t>(i) / p.norms(),
+                    static_cast<std::int64_t>(i) % p.norms());
+    };
+    parallel(static_cast<std::size_t>(p.B * p.norms()), measure);
+  }
   auto attend = [&](std::size_t i) {
     plain.attend(static_cast<std::int64_t>(i) / p.H, static_cast<std::int64_t>(i) % p.H);
   };

@@ -51,6 +51,16 @@ struct FloatRows {
   Rows rows() const { return {in_place() ? static_cast<const float*>(data) : room, padded(width)}; }
 };
 
+// What keys are put through beside their rotation: [G, K], padded; null where there is none.
+struct KeyTerms {
+  Rows bias, gain, shift;
+};
+
+// By what a norm shifts and multiplies.
+struct Moments {
+  float mean, scale;
+};
+
 // Copies past the processor's caches, which a copy of this size would only fill.
 inline void stream(void* to, const void* from, std::int64_t bytes) {
   auto* target = static_cast<char*>(to);
@@ -100,14 +110,21 @@ inline void append(const Problem& p, const State& state, std::int64_t row, std::
 class Tile {
  public:
   static std::int64_t room(const Problem& p, const Layout& layout, std::int64_t tokens) {
-    return tokens * (layout.D + p.G * layout.K + 2 * padded(p.R / 2));
+    const std::int64_t moments = p.normed() ? 2 : 0;
+    return tokens * (layout.D + p.G * layout.K + 2 * padded(p.R / 2) + moments);
   }
 
   // `room` is for `room(p, layout, tokens)` floats. `appended` says whether the present states are
   // written already, and not tile by tile.
-  Tile(const Problem& p, const Layout& layout, std::int64_t b, std::int64_t tokens, bool appended,
-       float* room)
-      : p_(p), layout_(layout), b_(b), tokens_(tokens), appended_(appended), room_(room) {}
+  Tile(const Problem& p, const Layout& layout, const KeyTerms& terms, std::int64_t b,
+       std::int64_t tokens, bool appended, float* room)
+      : p_(p),
+        layout_(layout),
+        terms_(terms),
+        b_(b),
+        tokens_(tokens),
+        appended_(appended),
+        room_(room) {}
 
   // Reads what is in another form than that of floats.
   void move(std::int64_t start, std::int64_t count) {
@@ -116,6 +133,8 @@ class Tile {
     for (std::int64_t group = 0; group < p_.latent.groups; ++group)
       part(p_.latent, group).read(count);
     if (p_.residual.width) part(p_.residual, 0).read(count);
+    if (p_.key_norm == Norm::kHeads)
+      measure(0, p_.G);
     if (!p_.R) return;
     angles(p_.cos, 0).read(count);
     angles(p_.sin, 1).read(count);
@@ -141,16 +160,22 @@ class Tile {
     return half ? Ahead{middle, middle + bytes} : Ahead{middle - bytes, middle};
   }
 
-  // Keys as queries meet them, [count, K], from those that are cached. `bias` [K] may be null.
-  Rows positioned(std::int64_t group, Rows keys, const float* bias) const {
-    if (!bias && !p_.R) return keys;
+  // Keys as queries meet them, [count, K], from those that are cached.
+  Rows positioned(std::int64_t group) const {
+    const Rows keys = latent(group);
+    const float* bias = of_group(terms_.bias, group);
+    if (!bias && !p_.R && !p_.normed()) return keys;
     const std::int64_t half = p_.R / 2;
     const Rows cosines = angles(p_.cos, 0).rows(), sines = angles(p_.sin, 1).rows();
     const Target target{room_ + tokens_ * (layout_.D + group * layout_.K), layout_.K};
+    if (p_.key_norm == Norm::kHead) measure(group, 1);
     for (std::int64_t s = 0; s < count_; ++s) {
       const float* key = keys[s];
       float* to = target[s];
-      if (bias) {
+      if (p_.normed()) {
+        normalise(key, group, s, to);
+        key = to;
+      } else if (bias) {
         for (std::int64_t k = 0; k < layout_.K; k += kLanes)
           store(to + k, load(key + k) + load(bias + k));
         key = to;
@@ -188,6 +213,63 @@ class Tile {
     return {at(data, p_.type, offset), p_.type, half, room};
   }
 
+  static const float* of_group(Rows rows, std::int64_t group) {
+    return rows.data ? rows[group] : nullptr;
+  }
+
+  // What the keys of some groups of each token are normalised by.
+  void measure(std::int64_t first, std::int64_t groups) const {
+    Moments* const to = moments();
+    const auto count = static_cast<float>(groups * p_.K);
+    for (std::int64_t s = 0; s < count_; ++s) to[s] = {};
+    if (p_.key_centered) {
+      for (std::int64_t g = first; g < first + groups; ++g)
+        add_up(g, &Moments::mean, [](float, auto x) { return x; });
+      for (std::int64_t s = 0; s < count_; ++s) to[s].mean /= count;
+    }
+    for (std::int64_t g = first; g < first + groups; ++g)
+      add_up(g, &Moments::scale, [](float mean, auto x) { return (x - mean) * (x - mean); });
+    for (std::int64_t s = 0; s < count_; ++s)
+      to[s].scale = 1 / __builtin_sqrtf(to[s].scale / count + p_.key_epsilon);
+  }
+
+  // Adds term(mean, x) over the channels of one group to what is known of each token.
+  template <class Term>
+  void add_up(std::int64_t group, float Moments::*to, Term&& term) const {
+    const Rows keys = latent(group);
+    const float* bias = of_group(terms_.bias, group);
+    for (std::int64_t s = 0; s < count_; ++s) {
+      const float* key = keys[s];
+      const float mean = moments()[s].mean;
+      Vector parts = {};
+      std::int64_t k = 0;
+      for (; k + kLanes <= p_.K; k += kLanes)
+        parts += term(mean, bias ? load(key + k) + load(bias + k) : load(key + k));
+      float total = sum(parts);
+      for (; k < p_.K; ++k) total += term(mean, bias ? key[k] + bias[k] : key[k]);
+      moments()[s].*to += total;
+    }
+  }
+
+  Moments* moments() const {
+    const std::int64_t before = layout_.D + p_.G * layout_.K + 2 * padded(p_.R / 2);
+    return reinterpret_cast<Moments*>(room_ + tokens_ * before);
+  }
+
+  // A key with its bias, normalised, times the gain and shifted.
+  void normalise(const float* key, std::int64_t group, std::int64_t s, float* to) const {
+    const Moments of = moments()[s];
+    const float* bias = of_group(terms_.bias, group);
+    const float* gain = of_group(terms_.gain, group);
+    const float* shift = of_group(terms_.shift, group);
+    for (std::int64_t k = 0; k < layout_.K; k += kLanes) {
+      Vector x = bias ? load(key + k) + load(bias + k) : load(key + k);
+      x = (x - of.mean) * of.scale;
+      if (gain) x *= load(gain + k);
+      store(to + k, shift ? x + load(shift + k) : x);
+    }
+  }
+
   static void rotate_pairs(const float* key, const float* cos, const float* sin, std::int64_t half,
                            float* to) {
     for (std::int64_t i = 0; i < half; ++i) {
@@ -215,6 +297,7 @@ class Tile {
 
   const Problem& p_;
   const Layout& layout_;
+  const KeyTerms& terms_;
   std::int64_t b_, tokens_;
   bool appended_;
   float* room_;

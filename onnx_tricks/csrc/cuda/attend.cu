@@ -30,6 +30,8 @@ class Attention {
     if (p_.kind != Operator::kCross)
       for (const State* state : {&p_.latent, &p_.residual}) append(*state);
     if (p_.empty()) return errors_.first();
+    if (p_.normed() && plan_.path != Path::kCluster)
+      each(measure_keys, p_.B * p_.norms() * p_.S * 32, p_, moments());
     const Chunk& most = plan_.chunk;
     for (std::int64_t b = 0; b < p_.B; b += most.batch) {
       chunk_.first = b;
@@ -50,6 +52,8 @@ class Attention {
 
  private:
   bool slim() const { return p_.kind == Operator::kSlim; }
+
+  float2* moments() const { return reinterpret_cast<float2*>(plan_.moments); }
 
   template <class... Parameters, class... Arguments>
   void each(void (*kernel)(Parameters...), std::int64_t count, const Arguments&... arguments) {
@@ -168,7 +172,7 @@ class Attention {
     const std::int64_t matrices = chunk_.batch * p_.G;
     const Matrix scores = rows(plan_.scores, p_.S, p_.G);
     if (slim()) {
-      multiply(Product<Matrix, Keys>{query(), {p_, chunk_.first}, scores, matrices, group_rows(), p_.S, p_.K, 1});
+      multiply(Product<Matrix, Keys>{query(), {p_, chunk_.first, moments()}, scores, matrices, group_rows(), p_.S, p_.K, 1});
     } else if (plan_.expand) {
       multiply(Product<Matrix, Matrix>{query(), transposed(expanded(plan_.keys, p_.K)), scores,
                                        matrices, group_rows(), p_.S, p_.K, 1});

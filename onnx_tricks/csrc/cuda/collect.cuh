@@ -61,6 +61,7 @@ class Collector {
       __syncthreads();
       if constexpr (kTogether) {
         if (c_.slim()) {
+          if (c_.p.normed()) measure_keys(stage);
           score_keys(stage);
           __syncthreads();
         } else {
@@ -133,9 +134,28 @@ class Collector {
       at<float>(room_.queries)[i] =
           Numbers{c_.p.query, c_.p.type}[((b_ * c_.p.H + h) * c_.p.T + t) * K + i % K];
     }
-    if (c_.p.key_bias)
+    float* to = at<float>(room_.terms);
+    for (const void* term : {c_.p.key_bias, c_.p.key_gain, c_.p.key_shift}) {
+      if (!term) continue;
       for (int i = thread_; i < keys_; i += kThreads)
-        at<float>(room_.bias)[i] = Numbers{c_.p.key_bias, c_.p.type}[first_group_ * K + i];
+        to[i] = Numbers{term, c_.p.type}[first_group_ * K + i];
+      to += c_.keys_each();
+    }
+  }
+
+  // Of the keys in the columns from here on.
+  __device__ KeyTerms terms(int column) const {
+    const float* next = at<float>(room_.terms) + column;
+    const auto take = [&](const void* term) {
+      const float* const place = term ? next : nullptr;
+      if (term) next += c_.keys_each();
+      return place;
+    };
+    KeyTerms found;
+    found.bias = take(c_.p.key_bias);
+    found.gain = take(c_.p.key_gain);
+    found.shift = take(c_.p.key_shift);
+    return found;
   }
 
   // Absorbed queries relative to the greatest number of each, which may be any.
@@ -193,17 +213,82 @@ class Collector {
     }
   }
 
+  // What the keys of a tile are normalised by: for each head and token, or for each token in the
+  // place of the first head.
+  __device__ void measure_keys(int stage) {
+    const auto K = static_cast<int>(c_.p.K);
+    const bool shared = c_.p.key_norm == Norm::kHeads;
+    auto* moments = at<float2>(room_.moments);
+    for (int i = thread_; i < keys_ / K * kTile; i += kThreads) {
+      const int column = i / kTile * K;
+      const float2 of = measure(tile(stage, i % kTile) + column, terms(column).bias);
+      moments[i] = shared ? of : float2{of.x, scale_for(c_.p, of.y, static_cast<float>(K))};
+    }
+    __syncthreads();
+    if (!shared) return;
+    auto* parts = at<float2>(room_.parts);
+    if (thread_ < kTile) {
+      const float2 own = join(moments, keys_ / K, [&](int) { return K; });
+      for (int i = 0; i < c_.blocks; ++i) of_block(parts, i)[rank_ * kTile + thread_] = own;
+    }
+    sync_cluster();
+    if (thread_ < kTile) {
+      const auto keys_of = [&](int block) {
+        const int first = min(block * c_.groups_each, static_cast<int>(c_.p.G));
+        return min(c_.groups_each, static_cast<int>(c_.p.G) - first) * K;
+      };
+      const float2 all = join(parts, c_.blocks, keys_of);
+      moments[thread_] = float2{all.x, scale_for(c_.p, all.y, static_cast<float>(c_.p.G * K))};
+    }
+    __syncthreads();
+  }
+
+  // The mean of one key's channels, zero where it stays, and the sum of squares about it.
+  __device__ float2 measure(const T* key, const float* bias) const {
+    const auto K = static_cast<int>(c_.p.K);
+    float eight[kPiece], mean = 0, squares = 0;
+    for (int channel = 0; c_.p.key_centered && channel < K; channel += kPiece) {
+      read_key(key, bias, channel, eight);
+#pragma unroll
+      for (const float one : eight) mean += one / static_cast<float>(K);
+    }
+    for (int channel = 0; channel < K; channel += kPiece) {
+      read_key(key, bias, channel, eight);
+#pragma unroll
+      for (const float one : eight) squares += (one - mean) * (one - mean);
+    }
+    return {mean, squares};
+  }
+
+  // The same of several rows [kTile] of parts together, of this thread's token.
+  template <class Count>
+  __device__ float2 join(const float2* parts, int rows, const Count& count) const {
+    float mean = 0, squares = 0, all = 0;
+    for (int i = 0; i < rows; ++i) {
+      mean += static_cast<float>(count(i)) * parts[i * kTile + thread_].x;
+      all += static_cast<float>(count(i));
+    }
+    mean = all > 0 ? mean / all : 0;
+    for (int i = 0; i < rows; ++i) {
+      const float2 part = parts[i * kTile + thread_];
+      squares += part.y + static_cast<float>(count(i)) * (part.x - mean) * (part.x - mean);
+    }
+    return {mean, squares};
+  }
+
   // Scores of own queries, a thread for each query and token.
   __device__ void score_keys(int stage) {
     const auto K = static_cast<int>(c_.p.K);
     for (int i = thread_; i < own_ * kTile; i += kThreads) {
       const int row = i / kTile, token = i % kTile;
       const auto h = static_cast<int>((first_row_ + first_own_ + row) / c_.chunk.tokens);
-      const int column = (h / c_.share() - first_group_) * K;
+      const int group = h / c_.share() - first_group_, column = group * K;
+      const int norm = c_.p.key_norm == Norm::kHead ? group : 0;
+      const float2 moments =
+          c_.p.normed() ? at<float2>(room_.moments)[norm * kTile + token] : float2{};
       at<float>(room_.scores)[i] =
           score_key(c_.p, tile(stage, token) + column, at<float>(room_.queries) + row * K,
-                    c_.p.key_bias ? at<float>(room_.bias) + column : nullptr,
-                    angles(stage, token, false), angles(stage, token, true));
+                    terms(column), moments, angles(stage, token, false), angles(stage, token, true));
     }
   }
 

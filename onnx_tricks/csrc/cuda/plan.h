@@ -65,6 +65,7 @@ struct Plan {
   std::int64_t sum_parts = 1, output_parts = 1;
 
   float *queries = nullptr, *keys = nullptr, *values = nullptr, *scores = nullptr;
+  float* moments = nullptr;  // of keys, but for those that clusters read
   float *totals = nullptr, *sums = nullptr, *seen = nullptr, *outputs = nullptr;
   std::int64_t floats = 0;
 
@@ -134,6 +135,7 @@ struct Plan {
       collect.chunk = chunk;
       if (path != Path::kPlain) sum_parts = collect.splits = splits(device);
     }
+    moments = take(p.normed() && path != Path::kCluster ? 2 * p.B * p.norms() * p.S : 0);
     scores = take(path == Path::kCluster ? 0 : rows * p.S);
     seen = take(path == Path::kCluster ? 2 * sum_parts * rows : 0);
     totals = take(rows);

@@ -4,7 +4,7 @@
 // memory is contiguous. What a kernel reads is decided by the operand alone; this file knows tiles.
 #pragma once
 
-#include "numbers.cuh"
+#include "moments.cuh"
 
 namespace onnx_tricks::cuda {
 
@@ -49,15 +49,19 @@ struct Latent {
   __device__ bool rows_contiguous() const { return true; }
 };
 
-// Keys of one group as columns [K, S], with bias and rotated.
+// Keys of one group as columns [K, S], with bias, normalised and rotated.
 struct Keys {
   Problem p;
   std::int64_t first;
+  const float2* moments;  // where they are to be normalised
 
   __device__ float key(std::int64_t b, unsigned g, unsigned s, unsigned k) const {
-    const std::int64_t place = (b * p.G + g) * p.latent.present_length + s;
-    const float value = Numbers{p.latent.present, p.cache}[place * p.K + k];
-    return p.key_bias ? value + Numbers{p.key_bias, p.type}[g * p.K + k] : value;
+    float value = biased_key(p, b, g, s, k);
+    if (!p.normed()) return value;
+    const float2 of = moments[moments_place(p, b, g, s)];
+    value = (value - of.x) * of.y;
+    if (p.key_gain) value *= Numbers{p.key_gain, p.type}[g * p.K + k];
+    return p.key_shift ? value + Numbers{p.key_shift, p.type}[g * p.K + k] : value;
   }
   __device__ float operator()(unsigned z, unsigned k, unsigned s) const {
     const auto groups = static_cast<unsigned>(p.G), half = static_cast<unsigned>(p.R / 2);

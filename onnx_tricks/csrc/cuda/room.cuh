@@ -29,6 +29,10 @@ struct Collect {
   __host__ __device__ bool slim() const { return p.kind == Operator::kSlim; }
   __host__ __device__ int keys_each() const { return groups_each * static_cast<int>(p.K); }
   __host__ __device__ int columns_each() const { return keys_each() + tail_each; }
+  // Bias, gain and shift of keys: as many of them as there are.
+  __host__ __device__ int key_terms() const {
+    return (p.key_bias != nullptr) + (p.key_gain != nullptr) + (p.key_shift != nullptr);
+  }
   __host__ __device__ int parts() const { return p.type == Type::kFloat ? 2 : 1; }
   __host__ __device__ int angle_size() const { return p.type == Type::kFloat ? 4 : 2; }
   __host__ __device__ int share() const { return static_cast<int>(p.H / p.G); }
@@ -41,7 +45,7 @@ struct Collect {
 struct Room {
   int stride;       // numbers from row to row of a tile
   int angle_bytes;  // from row to row of cosines; odd in pieces, for rows to begin in different banks
-  int tiles = 0, angles, weights, scales, scores, running, queries, bias, size;
+  int tiles = 0, angles, weights, scales, scores, running, queries, terms, moments, parts, size;
 
   __host__ __device__ explicit Room(const Collect& c) {
     stride = (c.columns_each() / kPiece | 1) * kPiece;
@@ -55,9 +59,12 @@ struct Room {
     scores = scales + (together ? 3 * kBlockRows * 4 : 0);
     running = scores + (together ? own * kTile * 4 : 0);
     queries = running + (together ? kBlockRows * 8 : 0);
-    bias = queries;
-    if (together) bias += own * (c.slim() ? static_cast<int>(c.p.K) * 4 : c.parts() * stride * 2);
-    size = bias + (together && c.p.key_bias ? c.keys_each() * 4 : 0);
+    terms = queries;
+    if (together) terms += own * (c.slim() ? static_cast<int>(c.p.K) * 4 : c.parts() * stride * 2);
+    const bool normed = together && c.p.normed(), shared = normed && c.p.key_norm == Norm::kHeads;
+    moments = terms + (together ? c.key_terms() * c.keys_each() * 4 : 0);
+    parts = moments + (normed ? c.groups_each * kTile * 8 : 0);
+    size = parts + (shared ? c.blocks * kTile * 8 : 0);
   }
 };
 

@@ -29,17 +29,40 @@ __device__ inline void read_angles(const char* row, int first, Type type, float 
   else read_eight(reinterpret_cast<const T*>(row) + first, to);
 }
 
-// All in shared memory: a query and the key's bias (or null) in floats, cosines and sines as given.
+// What keys are put through beside their rotation, of the channels of one key; null what there is not.
+struct KeyTerms {
+  const float *bias = nullptr, *gain = nullptr, *shift = nullptr;
+};
+
+// Eight channels of a key with its bias.
 template <class T>
-__device__ inline float score_key(const Problem& p, const T* key, const float* query, const float* bias,
-                                  const char* cosines, const char* sines) {
+__device__ inline void read_key(const T* key, const float* bias, int channel, float (&to)[kPiece]) {
+  read_eight(key + channel, to);
+  if (!bias) return;
+#pragma unroll
+  for (int i = 0; i < kPiece; ++i) to[i] += bias[channel + i];
+}
+
+// Normalises them.
+__device__ inline void normalise(const KeyTerms& terms, float2 moments, int channel, float (&to)[kPiece]) {
+#pragma unroll
+  for (int i = 0; i < kPiece; ++i) {
+    to[i] = (to[i] - moments.x) * moments.y;
+    if (terms.gain) to[i] *= terms.gain[channel + i];
+    if (terms.shift) to[i] += terms.shift[channel + i];
+  }
+}
+
+// All in shared memory: a query and the key's terms in floats, cosines and sines as given.
+template <class T>
+__device__ inline float score_key(const Problem& p, const T* key, const float* query,
+                                  const KeyTerms& terms, float2 moments, const char* cosines,
+                                  const char* sines) {
   const auto K = static_cast<int>(p.K), half = static_cast<int>(p.R / 2);
   float sum = 0, one[kPiece], two[kPiece], cos[kPiece], sin[kPiece];
-  const auto read_key = [&](int channel, float(&to)[kPiece]) {
-    read_eight(key + channel, to);
-    if (!bias) return;
-#pragma unroll
-    for (int i = 0; i < kPiece; ++i) to[i] += bias[channel + i];
+  const auto read = [&](int channel, float(&to)[kPiece]) {
+    read_key(key, terms.bias, channel, to);
+    if (p.normed()) normalise(terms, moments, channel, to);
   };
   // q . rotated(k) = cos (q1 k1 + q2 k2) + sin (q2 k1 - q1 k2)
   const auto turn = [&](float q1, float q2, float k1, float k2, float cos, float sin) {
@@ -48,8 +71,8 @@ __device__ inline float score_key(const Problem& p, const T* key, const float* q
   for (int angle = 0; angle < half; angle += kPiece) {
     const int first = p.interleaved ? 2 * angle : angle;
     const int second = first + (p.interleaved ? kPiece : half);
-    read_key(first, one);
-    read_key(second, two);
+    read(first, one);
+    read(second, two);
     read_angles<T>(cosines, angle, p.type, cos);
     read_angles<T>(sines, angle, p.type, sin);
     const float *q1 = query + first, *q2 = query + second;
@@ -65,7 +88,7 @@ __device__ inline float score_key(const Problem& p, const T* key, const float* q
     }
   }
   for (int channel = 2 * half; channel < K; channel += kPiece) {
-    read_key(channel, one);
+    read(channel, one);
 #pragma unroll
     for (int i = 0; i < kPiece; ++i) sum += query[channel + i] * one[i];
   }

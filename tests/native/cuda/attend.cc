@@ -59,7 +59,8 @@ void attend(const Problem& original, const Parallel&) {
   tensors.move(p.query, p.B * p.H * p.T * p.K, p.type);
   tensors.move(p.key_weight, p.G * p.K * p.D, p.type);
   tensors.move(p.value_weight, p.G * p.D * p.V, p.type);
-  tensors.move(p.key_bias, p.G * p.K, p.type);
+  for (const void** term : {&p.key_bias, &p.key_gain, &p.key_shift})
+    tensors.move(*term, p.G * p.K, p.type);
   tensors.move(p.value_bias, p.H * p.V, p.type);
   tensors.move(p.cos, (p.angle_stride ? p.B : 1) * p.S * p.R / 2, p.type);
   tensors.move(p.sin, (p.angle_stride ? p.B : 1) * p.S * p.R / 2, p.type);

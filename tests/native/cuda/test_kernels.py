@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from tests.native.cuda.conftest import Emulated
+from tests.operators.nodes import EPSILON as EPSILON_OF_KEYS
 from tests.operators.nodes import SCALE, SOFTCAP, run_node
 from tests.operators.reference import slim_attention, slim_hidden
 
@@ -49,6 +50,7 @@ def key_feeds(
     rotary: int = 16,
     out: int = 16,
     without: tuple[str, ...] = (),
+    norm: bool = False,
 ) -> dict[str, Array]:
     random = np.random.default_rng((tokens, past, heads, groups, width, rank, rotary))
     shapes = {
@@ -63,6 +65,8 @@ def key_feeds(
         "value_bias": (heads, 1, out),
     }
     feeds = {name: random.standard_normal(shape) for name, shape in shapes.items()}
+    if norm:
+        feeds["key_gain"], feeds["key_shift"] = random.standard_normal((2, groups, 1, width))
     angles = random.uniform(0, 6, (batch, past + tokens, rotary // 2))
     feeds |= {"cos": np.cos(angles), "sin": np.sin(angles)}
     without += ("residual", "past_residual") * (not rank) + ("cos", "sin") * (not rotary)
@@ -109,7 +113,7 @@ def expected(op_type: str, feeds: dict[str, Array], dtype: Any, cache: Any, **fo
     options: dict[str, Any] = {"scale": SCALE, "softcap": SOFTCAP * form.pop("softcap", False)}
     form.pop("safe", None)
     if op_type == "SlimAttention":
-        return slim_attention(feeds, **options, **form)
+        return slim_attention(feeds, epsilon=EPSILON_OF_KEYS, **options, **form)
     return slim_hidden(feeds, **options)
 
 
@@ -160,6 +164,33 @@ def test_keys_are_rotated_in_part_and_either_way(
     feeds = key_feeds(2, rotary=rotary, width=32, groups=2)
     check("SlimAttention", feeds, FLOAT, HALF, interleaved=interleaved)
     took(emulated, path)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("norm", ["head", "heads"])
+@pytest.mark.parametrize(
+    ("tokens", "options", "cluster"),
+    [
+        (1, {}, 1),
+        (2, {"groups": 2, "rotary": 0, "without": ("key_bias", "key_shift")}, 1),
+        (1, {"heads": 11, "groups": 11, "width": 64, "without": ("key_gain",)}, 2),
+        (40, {"rank": 0}, 1),
+    ],
+)
+def test_keys_are_normalised_by_every_path(
+    emulated: Emulated,
+    path: str,
+    tokens: int,
+    options: dict[str, Any],
+    cluster: int,
+    norm: str,
+    centered: bool,
+) -> None:
+    feeds = key_feeds(tokens, 130, norm=True, **options)
+    emulated.cluster()
+    for dtype in (FLOAT, HALF):
+        check("SlimAttention", feeds, dtype, HALF, norm=norm, centered=centered)
+        assert emulated.cluster() == (cluster if path == "cluster" else 1)
 
 
 # Clusters of two, four and eight blocks; and more queries than one block takes.
