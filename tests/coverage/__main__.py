@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tests.coverage.page import defects, page
-from tests.coverage.survey import pairs, survey
+from tests.coverage.survey import kept, pairs, survey
 
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 
@@ -24,9 +24,10 @@ def main() -> int:
     parser.add_argument("families", nargs="*", help="all where none are given")
     parser.add_argument("--exporters", default="", help="comma between; all where none are given")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--page", action="store_true", help="write the page of what there is")
     given = parser.parse_args()
     exporters = [given.exporters.split(",")] if given.exporters else []
-    wanted = pairs(given.families, *exporters)
+    wanted = [] if given.page else pairs(given.families, *exporters)
     folder = Path(os.environ.get("ONNX_TRICKS_CACHE", ".cache")) / "coverage"
     with tqdm(total=len(wanted), unit="export") as bar:
 
@@ -35,11 +36,11 @@ def main() -> int:
             bar.update()
 
         cells = survey(wanted, folder, jobs=given.jobs, told=told)
-    found = list(defects(cells))
+    found = list(dict.fromkeys(defects(cells)))
     print(*found, f"{len(found)} defects", sep="\n")
-    if not given.families and not given.exporters:
+    if given.page or not (given.families or given.exporters):
         PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(page(cells))
+        PAGE.write_text(page(kept(folder)))
     return bool(found)
 
 

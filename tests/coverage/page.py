@@ -7,7 +7,7 @@ import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from tests.coverage.principles import PRINCIPLES, principle
+from tests.coverage.principles import NO_CACHE, PRINCIPLES, principle
 from tests.coverage.survey import Cell, Outcome
 
 __all__ = ["defects", "page"]
@@ -44,7 +44,7 @@ def defects(cells: Sequence[Cell]) -> Iterator[str]:
             if one.problem:
                 yield f"{where} {name}: {one.problem}"
             for trick in _PASSES:
-                for reason in one.skipped.get(trick, ()):
+                for reason in _reasons_of(one, trick):
                     if principle(trick, reason) is None:
                         yield f"{where} {name}: {trick} skipped a site: {reason}"
         if cell.tricks and "all" in cell.tricks and not cell.tricks["all"].problem:
@@ -68,9 +68,10 @@ def _found(outcome: Outcome, trick: str) -> int:
 def _summary(cells: Sequence[Cell]) -> Iterator[str]:
     surveyed = [cell for cell in cells if not cell.missing]
     families = {cell.family for cell in surveyed}
+    problems = sum(bool(one.problem) for cell in surveyed for one in cell.tricks.values())
     yield (
-        f"{len(surveyed)} exports of {len(families)} families; "
-        f"{len(list(defects(surveyed)))} defects.\n"
+        f"{len(surveyed)} exports of {len(families)} families: {problems} wrong answers, crashes "
+        "and models that do not run.\n"
     )
     yield "| trick | sites rewritten | families where it applies | wherever it can |"
     yield "|---|---:|---:|---:|"
@@ -86,7 +87,14 @@ def _summary(cells: Sequence[Cell]) -> Iterator[str]:
 
 def _missed(outcome: Outcome, trick: str) -> bool:
     """Whether a site was left out for no reason of principle."""
-    return any(principle(trick, reason) is None for reason in outcome.skipped.get(trick, ()))
+    return any(principle(trick, reason) is None for reason in _reasons_of(outcome, trick))
+
+
+def _reasons_of(outcome: Outcome, trick: str) -> list[str]:
+    reasons = outcome.skipped.get(trick, [])
+    if trick == "slim-attention" and not outcome.cache[0]:
+        return [NO_CACHE] * len(reasons)
+    return reasons
 
 
 def _reasons() -> Iterator[str]:
@@ -114,7 +122,7 @@ def _row(cell: Cell) -> Iterator[str]:
     yield f"{everything.before:.1e}"
     for trick in _PASSES:
         outcome = _result(cell, trick)
-        letters = Counter(_letter(trick, one) for one in outcome.skipped.get(trick, ()))
+        letters = Counter(_letter(trick, one) for one in _reasons_of(outcome, trick))
         text = f"{outcome.applied.get(trick, 0)}/{_found(outcome, trick)}"
         text += "".join(f" {letter}" for letter in sorted(letters))
         alone = trick in cell.tricks and outcome.applied.get(trick)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import re
 
-__all__ = ["PRINCIPLES", "Principle", "principle"]
+__all__ = ["NO_CACHE", "PRINCIPLES", "Principle", "principle"]
+
+NO_CACHE = "there is no cache"
+"""What the survey says for a pass where a model keeps no cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +57,18 @@ PRINCIPLES = (
         "is not linear in it",
         "A nonlinear operator reads the norm's output, another norm for example.",
     ),
+    _fold(
+        "multiplies along another axis",
+        "The linear layer behind the norm mixes rows (tokens, patches), not channels.",
+    ),
+    _fold(
+        "normalises more than the last axis",
+        "The norm has a gain for each head, or spans several axes: no rows of one weight match it.",
+    ),
+    _fold(
+        "is also read by",
+        "The weight has a reader that does not see the norm, too: `--shared-weights` decides.",
+    ),
     _table(
         r"\(positions or token types\)",
         "Something that depends on the position or the token type is added to the embedding "
@@ -63,6 +78,12 @@ PRINCIPLES = (
         "no Gather looks up token ids",
         "There is no table of tokens: the model takes images, sound, numbers or embeddings.",
     ),
+    _table(
+        "no linear layer with constant weights lies between",
+        "The embedding is changed by something else than the token before the first linear layer: "
+        "padding zeroed by the mask, images put in its place, neighbouring embeddings beside it.",
+    ),
+    _slim(NO_CACHE, "The model keeps no cache: nothing is saved."),
     _slim(
         "cannot determine an input of",
         "Keys are shared by several heads (GQA, MQA) or narrower than the input, so that values "
@@ -77,6 +98,7 @@ PRINCIPLES = (
         "as sinks of attention need",
         "Attention sinks put a learned score beside those of the keys.",
     ),
+    _slim("Clip '", "Clipped keys and values are no linear function of one another."),
     _slim(
         "chosen anew at every step, for new tokens alone",
         "Long RoPE turns new keys by other angles beyond a length, and leaves cached ones as they "

@@ -30,7 +30,7 @@ from onnx_tricks.passes import (
 )
 from onnx_tricks.rewrite import Pass
 
-__all__ = ["TRICKS", "Cell", "Outcome", "look", "pairs", "survey"]
+__all__ = ["TRICKS", "Cell", "Outcome", "kept", "look", "pairs", "survey"]
 
 # Tiny models have large vocabularies for their size, so that any table is above the usual limit.
 _TABLE = PrecomputeFirstLayer(max_growth=math.inf)
@@ -48,6 +48,7 @@ _VERIFIED = ("slim-attention", "all")
 _CACHED = ("dynamo18-cache", "dynamo23-cache", "genai")
 _EXPORTERS = ("optimum", "dynamo18", "dynamo23", *_CACHED)
 _ROUNDING = float(np.finfo(np.float32).eps) / 3  # what rounding once may add
+_HUGE = 1e30
 _WRONG = 1e-3  # an export with this error computes something else than PyTorch does
 _ROOT = Path(__file__).parents[2]
 
@@ -137,6 +138,12 @@ def pairs(
         for family in chosen
         if family in fitting[exporter]
     ]
+
+
+def kept(folder: Path) -> list[Cell]:
+    """The cells of all exports that were surveyed so far, in the order of `pairs`."""
+    files = (folder / f"{'-'.join(pair)}.json" for pair in pairs())
+    return [Cell.load(file) for file in files if file.exists()]
 
 
 def survey(
@@ -288,8 +295,9 @@ def _errors(right: Any, found: Any) -> dict[str, float]:
 
 
 def _error(right: Any, found: Any) -> float:
-    finite = np.isfinite(right)
-    if right.shape != found.shape or not np.array_equal(right[~finite], found[~finite]):
+    # Masked scores are infinite, or as large as their type allows.
+    finite = np.abs(right) < _HUGE
+    if right.shape != found.shape or (np.abs(found[~finite]) < _HUGE).any():
         return math.inf
     size = np.linalg.norm(right[finite]) or 1.0
     return float(np.linalg.norm(found[finite] - right[finite]) / size)
