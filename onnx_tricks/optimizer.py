@@ -144,7 +144,7 @@ class _Rewritten:
 
 
 # An error of this share of what is allowed is too close for a pass that is cautious.
-_CLOSE = 0.8
+_CLOSE = 0.9
 _Attempt = Callable[[Sequence[Pass]], tuple[_Rewritten, Verification | None]]
 
 

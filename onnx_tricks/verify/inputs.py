@@ -88,11 +88,7 @@ class _Shape:
 
 
 # The error that a rounded cache brings shows where there is much to remember, and averages out.
-_LONG = (
-    _Shape(1, 256, (1,) * 8),
-    _Shape(2, 128, (1,) * 4, padded=True),
-    _Shape(1, 7, (1, 1, 4)),
-)
+_LONG = (_Shape(1, 256, (1,) * 8), _Shape(2, 128, (1,) * 4, padded=True))
 _FULL = (_Shape(1, 7, (1, 1, 4)), _Shape(2, 33, (1, 1), padded=True), _Shape(2, 1, (1,)))
 _PLANS = (
     _FULL,
