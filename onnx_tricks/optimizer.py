@@ -279,7 +279,7 @@ class _Run:
         self, attempt: _Attempt, passes: Sequence[Pass], prefix: str
     ) -> tuple[_Rewritten, Verification | None]:
         """Rewrite with less and less room for error, while a pass leaves room that fails."""
-        passes, narrow = self.passes, None
+        narrow = None
         while True:
             rewritten, verification = attempt(passes)
             applied = {result.name for result in rewritten.results if result.applied}

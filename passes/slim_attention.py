@@ -99,6 +99,7 @@ class SlimAttention(Pass):
     summary: ClassVar[str] = "Cache keys, inputs or encoder states alone; changes cache inputs."
     default: ClassVar[bool] = False
     spans_phases: ClassVar[bool] = True
+    cautious: ClassVar[bool] = True
 
     mode: Mode = "auto"
     tolerance: float = 5.0

@@ -47,6 +47,7 @@ class Case:
         steps: The runs, in order.
         apart: Whether its errors are judged by themselves, not together with those of others.
         again: Makes the same case of other numbers, from a seed above 0; None where that cannot be.
+        of: Makes the same case of other tokens, [N], repeated where they are too few.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Case:
     steps: tuple[Step, ...]
     apart: bool = False
     again: Callable[[int], Case] | None = None
+    of: Callable[[Array], Case] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,7 @@ class _Shape:
 
 
 # The error that a rounded cache brings shows where there is much to remember, and averages out.
-_LONG = (_Shape(1, 256, (1,) * 8), _Shape(2, 128, (1,) * 4, padded=True))
+_LONG = (_Shape(1, 256, (1, 1, 1, 1, 8)), _Shape(2, 128, (1, 1, 8), padded=True))
 _FULL = (_Shape(1, 7, (1, 1, 4)), _Shape(2, 33, (1, 1), padded=True), _Shape(2, 1, (1,)))
 _PLANS = (
     _FULL,
@@ -149,8 +151,7 @@ def text(interface: Interface, given: Given, ids: Array, steps: tuple[int, ...] 
         steps: Numbers of tokens, less than T together.
     """
     shape = _Shape(len(ids), ids.shape[1] - sum(steps), steps)
-    builder = _Builder(interface, given, shape, next(_guesses(interface)))
-    builder.text = ids
+    builder = _Builder(interface, given, shape, next(_guesses(interface)), ids)
     return dataclasses.replace(builder.case(), name="text of its own", apart=True, again=None)
 
 
@@ -192,12 +193,19 @@ def _fix(interface: Interface, shape: _Shape) -> _Shape:
 class _Builder:
     """Builds one case."""
 
-    def __init__(self, interface: Interface, given: Given, shape: _Shape, guess: _Guess) -> None:
+    def __init__(
+        self,
+        interface: Interface,
+        given: Given,
+        shape: _Shape,
+        guess: _Guess,
+        text: Array | None = None,
+    ) -> None:
         self.interface = interface
         self.given = given
         self.shape = shape
         self.guess = guess
-        self.text: Array | None = None
+        self.text = text
         self.symbols: dict[str, int] = {}  # sizes by the names of dimensions
         self.unnamed = list(_ODD_SIZES)
         self.kept: dict[tuple[str, tuple[int, ...]], Array] = {}
@@ -237,11 +245,16 @@ class _Builder:
         name = f"batch {shape.batch}"
         if self.interface.role("ids"):
             name += f", {shape.prompt} tokens" + (" with left padding" if padding else "")
-        return Case(name, shape.batch, caches, tuple(steps), again=self._again)
+        return Case(name, shape.batch, caches, tuple(steps), again=self._again, of=self._of)
 
     def _again(self, seed: int) -> Case:
         shape = dataclasses.replace(self.shape, seed=seed)
         return _Builder(self.interface, self.given, shape, self.guess).case()
+
+    def _of(self, tokens: Array) -> Case:
+        rows, length = self.shape.batch, self.shape.prompt + sum(self.shape.steps)
+        ids = np.resize(tokens, (rows, length))
+        return _Builder(self.interface, self.given, self.shape, self.guess, ids).case()
 
     def _name(self, dims: Iterable[int | str | None], sizes: Iterable[int]) -> None:
         self.symbols |= {

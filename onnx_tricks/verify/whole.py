@@ -30,8 +30,8 @@ __all__ = ["CandidateError", "Comparison", "NotComparable", "compare_models"]
 _MORE = 31  # times that cases are repeated, where the outputs are few numbers
 
 _Outputs = list[dict[str, Array]]
-# Of the text: rows, its prompt and steps, and how much is written before it.
-_ROWS, _TEXT, _BEFORE = 8, (7, 1, 1, 4), 64
+# Of the text: rows, its prompt and steps, and how much is written before it, if there is room.
+_ROWS, _TEXT, _BEFORE = 16, (7, 1, 1, 4), (64, 16)
 # Opens a session when its turn comes, so that one model at a time is in memory.
 _Source = Callable[[], Session]
 
@@ -156,7 +156,7 @@ class _Pair:
             if _usable(cases, outputs, outputs):
                 if self._own_state is None:
                     return outputs
-                self.cases = (*cases, *self._own_text(session, outputs[0]))
+                self.cases = self._of_own_text(session, outputs[0], cases)
                 try:
                     return list(self.run(session))
                 except SessionError:  # it takes no steps of several tokens for several rows
@@ -166,22 +166,30 @@ class _Pair:
         self.cases = before
         raise NotComparable(f"the original runs on no inputs that were tried: {refusal}")
 
-    def _own_text(self, session: Session, outputs: Mapping[str, Array]) -> Iterator[Case]:
-        """Let the original write a short text, where it is a decoder.
+    def _of_own_text(
+        self, session: Session, outputs: Mapping[str, Array], cases: tuple[Case, ...]
+    ) -> tuple[Case, ...]:
+        """Put a text that the original writes in place of random tokens, where it is a decoder.
 
-        A rounded cache is felt most where there is little to average over; and to judge it there
-        by noise, which no one writes, would ask of trained weights what nobody needs.
+        To judge a rounded cache by noise, which no one writes, would ask of trained weights what
+        nobody needs. A short text is judged apart: an error shows most where there is little to
+        average over.
         """
         ids, limits = self._interface.role("ids"), [v.limit for v in self._interface.role("ids")]
         logits = next(iter(outputs.values()))
         if limits != [logits.shape[-1]] or not self._presents or len(ids) != 1:
-            return
+            return cases
         scores = logits.reshape(-1, logits.shape[-1])[-_ROWS:]
-        try:
-            tokens = write_text(session, self._presents, self._tell, scores, _BEFORE + sum(_TEXT))
-        except SessionError:  # it takes no such batch
-            return
-        yield self._tell(tokens[:, _BEFORE:], _TEXT[1:])
+        for before in _BEFORE:
+            try:
+                tokens = write_text(
+                    session, self._presents, self._tell, scores, before + sum(_TEXT)
+                )
+            except SessionError:  # it takes no such batch, or has no room for so many tokens
+                continue
+            told = tuple(case.of(tokens.ravel()) if case.of else case for case in cases)
+            return *told, self._tell(tokens[:, before:], _TEXT[1:])
+        return cases
 
     def _tell(self, tokens: Array, steps: tuple[int, ...]) -> Case:
         return text(self._interface, self._siblings, tokens, steps)

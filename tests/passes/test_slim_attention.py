@@ -80,7 +80,7 @@ def test_a_half_precision_model_keeps_its_error_with_half_the_cache(
     export: Export, tmp_path: Path
 ) -> None:
     source = export("tiny-llama", "optimum", "fp16") / "model.onnx"
-    found = _slim(source, tmp_path / "slim.onnx", verify=False)
+    found = _slim(source, tmp_path / "slim.onnx")
     before, after = found["sizes"]  # type: ignore[misc]
     assert before / after >= 1.9
     assert cache_type(tmp_path / "slim.onnx") == {ir.DataType.FLOAT16}
@@ -217,10 +217,10 @@ def test_torch_dynamo_exports_are_slimmed_too(
     [
         # Rotated keys: the whole head, a part of it, neighbours as pairs, packed with queries.
         *[(name, 1.8) for name in ("phi", "gpt_neox", "gptj", "phi3_heads")],
-        *[("olmo_heads", 1.7), ("stablelm_heads", 1.7)],
+        *[("olmo_heads", 1.8), ("stablelm_heads", 1.8)],
         ("gemma_wide", 1.9),
         # Normalised before that: all heads together, each by itself, with gains of its own.
-        *[("olmo2_heads", 1.5), ("qwen3_heads", 1.7), ("cohere_normed", 1.9), ("phi_normed", 1.8)],
+        *[("olmo2_heads", 1.8), ("qwen3_heads", 1.7), ("cohere_normed", 1.9), ("phi_normed", 1.9)],
         # Not every layer rotates its keys.
         ("smollm3_heads", 1.7),
         # No rotation: learned positions, ALiBi.
