@@ -10,6 +10,7 @@ import copy
 import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.modeling_utils import no_init_weights
 
 from onnx_tricks.errors import UsageError
 from onnx_tricks.models.families.audio import AUDIO
@@ -44,9 +45,13 @@ def tiny(name: str, seed: int = 0) -> PreTrainedModel:
     row = FAMILIES[name]
     kind = getattr(transformers, row.model)
     config = getattr(transformers, row.config) if row.config else kind.config_class
-    model = kind(
-        config(**copy.deepcopy(row.sizes))
-    )  # some configurations empty what they are given
+    sizes = copy.deepcopy(row.sizes)  # some configurations empty what they are given
+    # Values that PyTorch would set are set below, and some models fail to set their own; buffers
+    # may be random, too.
+    with torch.random.fork_rng(devices=[]), no_init_weights():
+        torch.manual_seed(seed)
+        model = kind(config(**sizes))
+    model.tie_weights()
     _randomise(model, seed)
     return model.eval()
 

@@ -131,6 +131,9 @@ _ROTARY = {
     "smollm3_heads": _causal("SmolLM3ForCausalLM", _FUSED_HEADS, no_rope_layers=[1, 0]),
     "stablelm": _causal("StableLmForCausalLM", SIZES, GROUPED, _HALF, use_qkv_bias=True),
     "stablelm_heads": _causal("StableLmForCausalLM", SIZES, _HEADS, _HALF),
+    "stablelm_normed": _causal(
+        "StableLmForCausalLM", SIZES, _HEADS, _HALF, use_qkv_bias=True, qk_layernorm=True
+    ),
     "stablelm_parallel": _causal(
         "StableLmForCausalLM", SIZES, _HEADS, _HALF, use_parallel_residual=True, use_qkv_bias=True
     ),
@@ -185,18 +188,14 @@ _ADDED = {  # positions as rows added to the embedding
     "opt_post": _causal(
         "OPTForCausalLM", SIZES, word_embed_proj_dim=32, ffn_dim=80, do_layer_norm_before=False
     ),
-    "trocr": Family(
+    "trocr_decoder": _causal(
         "TrOCRForCausalLM",
-        "feature-extraction-with-past",
-        {
-            "vocab_size": 97,
-            "d_model": 48,
-            "decoder_layers": 2,
-            "decoder_attention_heads": 4,
-            "decoder_ffn_dim": 80,
-            "max_position_embeddings": 64,
-            "pad_token_id": 0,
-        },
+        vocab_size=97,
+        d_model=48,
+        decoder_layers=2,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=80,
+        max_position_embeddings=64,
     ),
     "decision_transformer": Family(
         "DecisionTransformerModel",

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnx_tricks.graph.constants import scalar
 from onnx_tricks.graph.open_sizes import Image, find_image, lengths
 
-__all__ = ["Input", "Interface", "read_interface"]
+__all__ = ["Input", "Interface", "is_cache", "read_interface"]
 
 # Ops through which ids pass on their way to the table that they index; those of boxes are parts
 # and differences of them.
@@ -111,6 +111,14 @@ def read_interface(model: ir.Model) -> Interface:
     return Interface(tuple(inputs), presents, not ops & _NO_LEFT_PADDING, lengths(graph))
 
 
+def is_cache(value: ir.Value) -> bool:
+    """Whether a graph input holds what a model keeps of earlier tokens, by name and rank."""
+    name = (value.name or "").lower()
+    rank = 4 if value.shape is None else len(value.shape)
+    integer = value.dtype in (ir.DataType.INT64, ir.DataType.INT32)
+    return name.startswith("past_key_values.") or ("past" in name and rank > 3 and not integer)
+
+
 def _dim(dim: int | ir.SymbolicDim) -> int | str | None:
     return dim if isinstance(dim, int) else dim.value
 
@@ -120,8 +128,7 @@ def _role(value: ir.Value) -> str:
     integer = value.dtype in (ir.DataType.INT64, ir.DataType.INT32)
     if name == "use_cache_branch":
         return "branch"
-    rank = 4 if value.shape is None else len(value.shape)
-    if name.startswith("past_key_values.") or ("past" in name and rank > 3 and not integer):
+    if is_cache(value):
         return "cache"
     if integer and "position" in name:
         return "positions"

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterator
 
 import onnx_ir as ir
 
 from onnx_tricks.graph.constants import stored_tensor
+from onnx_tricks.graph.interface import is_cache
 
 __all__ = ["Sizes", "measure"]
-
-_CACHE = re.compile(r"past", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +70,7 @@ def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
 def _cache_values(model: ir.Model) -> int | None:
     total = 0
     for value in model.graph.inputs:
-        if not _CACHE.search(value.name or "") or value.shape is None or len(value.shape) < 3:
+        if not is_cache(value) or value.shape is None or len(value.shape) < 3:
             continue
         # What is left of [batch, heads, tokens, width] without the two axes that grow.
         fixed = [length for length in value.shape[1:] if isinstance(length, int)]

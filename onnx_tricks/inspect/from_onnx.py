@@ -11,6 +11,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from onnx_tricks.graph.constants import stored_tensor
+from onnx_tricks.graph.interface import is_cache
 from onnx_tricks.inspect.dimensions import Attention, Dimensions
 from onnx_tricks.inspect.traffic import Amount, Cache, Traffic
 
@@ -24,7 +25,6 @@ __all__ = [
 ]
 
 _MICROSOFT = "com.microsoft"
-_CACHE = re.compile(r"past", re.IGNORECASE)
 _CROSS = re.compile(r"encoder|cross", re.IGNORECASE)
 _KEY = re.compile(r"key(?!_values)", re.IGNORECASE)
 # Operators that read rows of a table, and the inputs that are tables.
@@ -54,7 +54,7 @@ def find_decode_step(models: dict[Path, ir.Model]) -> Path:
 
 def keeps_cache(model: ir.Model) -> bool:
     """Whether a model has a key/value cache among its inputs."""
-    return any(_is_cache(value) for value in model.graph.inputs)
+    return any(is_cache(value) for value in model.graph.inputs)
 
 
 def graph_traffic(model: ir.Model, encoder_tokens: int | None = None) -> Traffic:
@@ -94,7 +94,7 @@ def graph_dimensions(model: ir.Model) -> Dimensions | None:
     keys = [
         value
         for value in model.graph.inputs
-        if _is_cache(value) and _KEY.search(value.name or "") and _kind(value) == "self"
+        if is_cache(value) and _KEY.search(value.name or "") and _kind(value) == "self"
     ]
     tables = [
         (tensor, axis)
@@ -144,7 +144,7 @@ def item_bytes(model: ir.Model) -> tuple[int, int]:
             if tensor is not None and tensor.dtype.is_floating_point():
                 stored[tensor.dtype] = stored.get(tensor.dtype, 0) + tensor.nbytes
     weight = max(stored, key=lambda dtype: stored[dtype], default=ir.DataType.FLOAT)
-    caches = [value.dtype for value in model.graph.inputs if _is_cache(value) and value.dtype]
+    caches = [value.dtype for value in model.graph.inputs if is_cache(value) and value.dtype]
     return int(weight.itemsize), int(caches[0].itemsize if caches else weight.itemsize)
 
 
@@ -196,11 +196,6 @@ def _is_weight(value: ir.Value, tensor: ir.TensorProtocol) -> bool:
     return any("MatMul" in name or "Quant" in name or "Linear" in name for name in readers)
 
 
-def _is_cache(value: ir.Value) -> bool:
-    shape = value.shape
-    return bool(_CACHE.search(value.name or "")) and shape is not None and len(shape) >= 3
-
-
 def _kind(value: ir.Value) -> Literal["self", "cross"]:
     return "cross" if _CROSS.search(value.name or "") else "self"
 
@@ -208,7 +203,7 @@ def _kind(value: ir.Value) -> Literal["self", "cross"]:
 def _caches(model: ir.Model, encoder_tokens: int | None) -> Iterator[Cache]:
     kept = {"self": Amount(), "cross": Amount()}
     for value in model.graph.inputs:
-        if not _is_cache(value) or value.dtype is None or value.shape is None:
+        if not is_cache(value) or value.dtype is None or value.shape is None:
             continue
         # [batch, heads, tokens, width]: two axes grow, the others say what a token takes.
         fixed = [length for length in value.shape[1:] if isinstance(length, int)]

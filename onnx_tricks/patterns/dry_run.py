@@ -8,7 +8,6 @@ so a recogniser sees where each number goes, whatever operators the exporter cho
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -26,7 +25,6 @@ BATCH, LENGTH = 2, 3
 
 _SMALL = 4096  # elements; larger values are known by their shape only
 _MAX_DEPTH = 200
-_CACHES = re.compile(r"past", re.IGNORECASE)
 _FUSED_PASTS = {
     ("", "Attention"): (4, 5),
     ("com.microsoft", "Attention"): (4,),

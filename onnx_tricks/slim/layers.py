@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from onnx_tricks.graph.interface import is_cache, read_interface
 from onnx_tricks.graph.names import node_name
 from onnx_tricks.patterns.attention import Attention, OpaqueAttention, find_attentions
 from onnx_tricks.patterns.heads import Heads
@@ -54,6 +55,9 @@ def find_layers(model: ir.Model) -> Iterator[Layer | Skip]:
     """
     inputs = {value.name: value for value in model.graph.inputs}
     outputs = {value.name: value for value in model.graph.outputs}
+    if not any(map(is_cache, inputs.values())) and not any("present" in str(n) for n in outputs):
+        yield from _without_cache(model)
+        return
     views: dict[str, list[Attention]] = {}
     for view in find_attentions(model):
         if isinstance(view, OpaqueAttention):
@@ -75,6 +79,16 @@ def find_layers(model: ir.Model) -> Iterator[Layer | Skip]:
             outputs.get(name),
             outputs.get(value_name),
         )
+
+
+def _without_cache(model: ir.Model) -> Iterator[Skip]:
+    """Tell it of a model that scores tokens; that an encoder keeps nothing needs no word."""
+    limits = {value.limit for value in read_interface(model).role("ids")} - {0}
+    shapes = (value.shape for value in model.graph.outputs)
+    attention = next(iter(find_attentions(model)), None)
+    if attention is not None and any(shape and shape[-1] in limits for shape in shapes):
+        reason = "there is no cache: decoders keep keys and values where they are exported to"
+        yield Skip(node_name(attention.node), f"{reason} (Optimum's tasks end in -with-past)")
 
 
 def _cache_name(heads: Heads) -> str | None:

@@ -186,13 +186,9 @@ def _keep_keys(
     keys, values = view.keys.projection, view.values.projection
     assert keys is not None
     assert values is not None
-    channels = keys.columns.size
-    if channels < keys.width:
-        return Skip(
-            layer.label,
-            f"its {keys.heads} key heads of {keys.head_width} channels, {channels} in all, cannot "
-            f"determine an input of {keys.width}, of which the values are a function",
-        )
+    narrow = _too_narrow(keys)
+    if narrow:
+        return Skip(layer.label, narrow)
     w_k = keys.matrix()
     try:
         spectrum = value_spectrum(
@@ -227,12 +223,23 @@ def _keep_keys(
         dtype,
         cache,
         before,
-        channels + rank,
+        keys.columns.size + rank,
         {name: spill(array.astype(dtype.numpy())) for name, array in arrays.items()},
         rank,
         condition(w_k),
         basis.predicted_error(cache.numpy()),
         None if inputs is None else _measure(inputs - basis.center, projection, rounded, cache),
+    )
+
+
+def _too_narrow(keys: Projection) -> str:
+    """Why keys do not determine the layer's input; empty where they may."""
+    channels = keys.columns.size
+    if channels >= keys.width:
+        return ""
+    return (
+        f"its {keys.heads} key heads of {keys.head_width} channels, {channels} in all, cannot "
+        f"determine an input of {keys.width}, of which the values are a function"
     )
 
 
@@ -276,6 +283,8 @@ def _obstacle(layer: Layer, mask: ir.Value | None) -> str:
     view = layer.view
     if view.keys.projection is None or view.values.projection is None:
         return "its keys and values come from the caller, and no file beside it makes them"
+    if _changed(view) and (narrow := _too_narrow(view.keys.projection)):
+        return narrow
     if layer.present_key is None or layer.present_value is None:
         return "its cache does not leave the graph as outputs of its own"
     if layer.past_key is None or layer.past_value is None:

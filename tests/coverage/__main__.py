@@ -27,15 +27,15 @@ def main() -> int:
     parser.add_argument("--page", action="store_true", help="write the page of what there is")
     given = parser.parse_args()
     exporters = [given.exporters.split(",")] if given.exporters else []
-    wanted = [] if given.page else pairs(given.families, *exporters)
+    wanted = pairs(given.families, *exporters)
     folder = Path(os.environ.get("ONNX_TRICKS_CACHE", ".cache")) / "coverage"
-    with tqdm(total=len(wanted), unit="export") as bar:
+    with tqdm(total=len(wanted), unit="export", disable=given.page) as bar:
 
         def told(line: str) -> None:
             bar.write(line)
             bar.update()
 
-        cells = survey(wanted, folder, jobs=given.jobs, told=told)
+        cells = kept(folder) if given.page else survey(wanted, folder, jobs=given.jobs, told=told)
     found = list(dict.fromkeys(defects(cells)))
     print(*found, f"{len(found)} defects", sep="\n")
     if given.page or not (given.families or given.exporters):
