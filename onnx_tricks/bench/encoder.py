@@ -12,7 +12,7 @@ from onnx_tricks.bench.workload import Settings
 from onnx_tricks.graph.interface import read_interface
 from onnx_tricks.graph.load import load_model
 from onnx_tricks.runtime.sessions import Array, Session, SessionError
-from onnx_tricks.verify.inputs import prompts
+from onnx_tricks.verify.plans import prompts
 
 __all__ = ["encode", "encoder_inputs"]
 

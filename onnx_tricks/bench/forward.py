@@ -14,7 +14,7 @@ from onnx_tricks.bench.files import Files
 from onnx_tricks.bench.workload import Workload
 from onnx_tricks.errors import ModelError
 from onnx_tricks.runtime.sessions import Array, SessionError, load_runtime, running
-from onnx_tricks.verify.inputs import prompts
+from onnx_tricks.verify.plans import prompts
 
 __all__ = ["Forward"]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 
 from onnx_tricks.runtime.sessions import Array, Session
-from onnx_tricks.verify.inputs import Case, Step
+from onnx_tricks.verify.cases import Case, Step
 
 __all__ = ["decode", "write_text"]
 

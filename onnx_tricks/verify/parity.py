@@ -13,9 +13,10 @@ from onnx_tricks.graph.phases import PHASES, PROMPT, merged_decoder
 from onnx_tricks.rewrite import Site
 from onnx_tricks.runtime.sessions import load_runtime
 from onnx_tricks.verify.memory import memory_shortage
+from onnx_tricks.verify.pair import CandidateError, NotComparable
 from onnx_tricks.verify.sites import compare_sites
 from onnx_tricks.verify.tally import Finding
-from onnx_tricks.verify.whole import CandidateError, Comparison, NotComparable, compare_models
+from onnx_tricks.verify.whole import Comparison, compare_models
 
 __all__ = ["Verification", "verify"]
 

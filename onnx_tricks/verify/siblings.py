@@ -10,7 +10,7 @@ from onnx_tricks.graph.interface import read_interface
 from onnx_tricks.graph.load import load_model
 from onnx_tricks.runtime.sessions import Array, Session, SessionError
 from onnx_tricks.verify.decoding import decode
-from onnx_tricks.verify.inputs import plans
+from onnx_tricks.verify.plans import plans
 
 __all__ = ["Siblings"]
 

@@ -14,10 +14,12 @@ from onnx_tricks.graph.load import load_model
 from onnx_tricks.graph.shapes import annotate, dtype_of, shape_of
 from onnx_tricks.rewrite import Site
 from onnx_tricks.runtime.sessions import Array, Session, SessionError
-from onnx_tricks.verify.inputs import Step, plans
+from onnx_tricks.verify.cases import Step
+from onnx_tricks.verify.pair import CandidateError, NotComparable
+from onnx_tricks.verify.plans import plans
 from onnx_tricks.verify.reference import CannotRaise, raise_to_double
 from onnx_tricks.verify.tally import Tally
-from onnx_tricks.verify.whole import CandidateError, Comparison, NotComparable
+from onnx_tricks.verify.whole import Comparison
 
 __all__ = ["compare_sites"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnx_tricks.runtime.sessions import Array
-from onnx_tricks.verify.inputs import Step
+from onnx_tricks.verify.cases import Step
 
 __all__ = ["SINGLE", "Finding", "Tally", "counted"]
 

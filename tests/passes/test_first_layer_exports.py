@@ -17,7 +17,7 @@ from onnx_tricks.models import demo_path
 from onnx_tricks.runtime.sessions import Session
 from onnx_tricks.verify import verify
 from onnx_tricks.verify.decoding import decode
-from onnx_tricks.verify.inputs import plans
+from onnx_tricks.verify.plans import plans
 from tests.conftest import Export
 
 ANY_GROWTH = PrecomputeFirstLayer(max_growth=1000)

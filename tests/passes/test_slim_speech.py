@@ -13,7 +13,7 @@ from onnx_tricks.graph.interface import Interface
 from onnx_tricks.graph.load import load_model
 from onnx_tricks.optimizer import optimize
 from onnx_tricks.passes import FoldNorm, SlimAttention
-from onnx_tricks.verify.inputs import Case
+from onnx_tricks.verify.cases import Case
 from tests.conftest import import_recipes
 from tests.slim.text import errors
 

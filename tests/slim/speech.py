@@ -9,7 +9,7 @@ from transformers import WhisperFeatureExtractor
 
 from onnx_tricks.graph.interface import Interface
 from onnx_tricks.runtime.sessions import Array, Session
-from onnx_tricks.verify.inputs import Case, Step
+from onnx_tricks.verify.cases import Case, Step
 
 _UTTERANCE = Path(__file__).with_name("utterance.npz")
 _START = 50257

@@ -13,8 +13,8 @@ import onnx_ir as ir
 from onnx_tricks.graph.interface import Interface, read_interface
 from onnx_tricks.graph.load import load_model
 from onnx_tricks.runtime.sessions import Array, Session
+from onnx_tricks.verify.cases import Case, Step
 from onnx_tricks.verify.decoding import decode
-from onnx_tricks.verify.inputs import Case, Step
 from onnx_tricks.verify.narrow import narrow_caches, narrower
 from onnx_tricks.verify.reference import raise_to_double
 from onnx_tricks.verify.tally import Finding, Tally

@@ -7,7 +7,8 @@ import onnx_ir as ir
 
 from onnx_tricks.graph.interface import read_interface
 from onnx_tricks.graph.load import load_model
-from onnx_tricks.verify.inputs import Case, plans
+from onnx_tricks.verify.cases import Case
+from onnx_tricks.verify.plans import plans
 from tests.verify.conftest import parse
 
 
