@@ -1,58 +1,22 @@
-"""The run: load, rewrite, verify, save; and the report of it."""
+"""The call that optimises a model: which passes, what goes in, where the result goes."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import json
 import os
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass
 
-from onnx_tricks.errors import ParityError, UsageError
-from onnx_tricks.graph.layout import DataLayout
-from onnx_tricks.graph.load import load_model
-from onnx_tricks.graph.phases import PHASES, merged_decoder
-from onnx_tricks.graph.plan import Output, Plan, make_plan
-from onnx_tricks.graph.save import save_model
-from onnx_tricks.graph.shapes import annotate
-from onnx_tricks.graph.sizes import Sizes, measure
-from onnx_tricks.graph.staging import Staging
+from onnx_tricks.errors import UsageError
 from onnx_tricks.models import demo_path
-from onnx_tricks.operators.signature import DOMAIN, STATE_KEY
 from onnx_tricks.passes import PASSES
-from onnx_tricks.report import PassReport, Report
-from onnx_tricks.rewrite import Pass, PassResult, Site, Skip, run_passes
+from onnx_tricks.rewrite import Pass
+from onnx_tricks.run import Model, Optimized, Progress, Run
 from onnx_tricks.runtime.sessions import load_runtime
-from onnx_tricks.verify import Verification
-from onnx_tricks.verify import verify as verify_models
 
-__all__ = ["Optimized", "optimize", "select_passes"]
-
-Model = ir.Model | onnx.ModelProto
-Progress = Callable[[str], None]
-"""Told in a few words what the run is doing."""
-
-
-class Optimized(NamedTuple):
-    """The result of `optimize`.
-
-    Attributes:
-        model: The optimised model: of the type that was given, or an `onnx_ir.Model` for a file,
-            or one per file name for a folder.
-        report: What was done.
-    """
-
-    model: Any
-    report: Report
+__all__ = ["Optimized", "Progress", "optimize", "select_passes"]
 
 
 def optimize(
@@ -93,10 +57,10 @@ def optimize(
         load_runtime()
     told = progress or (lambda _: None)
     if isinstance(model, (ir.Model, onnx.ModelProto)):
-        run = _Run("", chosen, verify and not dry_run, told)
+        run = Run("", chosen, verify and not dry_run, told)
         return run.in_memory(model, None if dry_run else output)
     given = os.fspath(model)
-    run = _Run(given, chosen, verify and not dry_run, told)
+    run = Run(given, chosen, verify and not dry_run, told)
     source = Path(given)
     if given == "demo" and not source.exists():
         source = demo_path()
@@ -126,236 +90,3 @@ def select_passes(
         known[name]() if isinstance(wanted[name], str) else wanted[name]  # type: ignore[misc]
         for name in order
     )
-
-
-@dataclasses.dataclass
-class _Rewritten:
-    """One file of a run: what it was, what it became."""
-
-    model: ir.Model
-    layout: DataLayout
-    results: list[PassResult]
-    before: Sizes
-    after: Sizes
-
-    @property
-    def sites(self) -> list[Site]:
-        return [site for result in self.results for site in result.applied]
-
-
-# An error of this share of what is allowed is too close for a pass that is cautious.
-_CLOSE = 0.9
-_Attempt = Callable[[Sequence[Pass]], tuple[_Rewritten, Verification | None]]
-
-
-class _Run:
-    """One run over the files of one model."""
-
-    def __init__(
-        self, given: str, passes: Sequence[Pass], verify: bool, progress: Progress
-    ) -> None:
-        self.given, self.passes, self.verify, self.progress = given, passes, verify, progress
-        self.start = time.perf_counter()
-        self.reports = {one.name: PassReport(one.name) for one in passes}
-        self.before: Sizes | None = None
-        self.after: Sizes | None = None
-        self.apart: frozenset[str] = frozenset()  # passes that no phase of a decoder is for
-
-    def from_files(self, source: Path, output: str | os.PathLike[str] | None) -> Optimized:
-        with contextlib.ExitStack() as stack:
-            target = output
-            if target is None:
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="onnx-tricks-"))
-                target = f"{folder}/out" if source.is_dir() else f"{folder}/out.onnx"
-            plan = self._with_one_decoder(make_plan(source, target), stack)
-            staging = None
-            if output is not None or self.verify:
-                staging = stack.enter_context(Staging(plan))
-            found: list[Verification] = []
-            models = [self._one_file(one, plan, staging, found) for one in plan.outputs]
-            verification = Verification.worst(found) if found else _SKIPPED
-            where = None if output is None else os.fspath(output)
-            report = self._report(where, verification)
-            if staging is not None and output is not None:
-                states = _states(plan, models)
-                if states and source.is_dir():
-                    staging.describe(DOMAIN, {"states": states})
-                staging.commit()
-                models = [load_model(plan.folder / one.target).model for one in plan.outputs]
-        if not source.is_dir():
-            return Optimized(models[0], report)
-        names = [str(one.target) for one in plan.outputs]
-        return Optimized(dict(zip(names, models, strict=True)), report)
-
-    def _with_one_decoder(self, plan: Plan, stack: contextlib.ExitStack) -> Plan:
-        """Let one decoder serve prompt and steps, where a pass changes the caches of both."""
-        spanning = [one for one in self.passes if one.spans_phases]
-        decoder = next((o.source for o in plan.outputs if o.target.name in PHASES), None)
-        if not spanning or decoder is None or len(plan.outputs) < 2:
-            return plan
-        merged = stack.enter_context(merged_decoder(decoder.parent))
-        if merged is None:
-            return plan
-        self.progress("looking at the decoder")
-        model = load_model(merged).model
-        annotate(model)
-        found = {one.name: list(one.sites(model)) for one in spanning}
-        if not any(isinstance(site, Site) for sites in found.values() for site in sites):
-            # One phase alone would get caches that the other does not know.
-            self.apart = frozenset(found)
-            for name, sites in found.items():
-                skipped = [site for site in sites if isinstance(site, Skip)]
-                self.reports[name].add(PassResult(name, [], skipped, 0.0), "decoder: ")
-            return plan
-        joined = plan.with_one_decoder(merged)
-        for one in joined.dropped:
-            if one.source is not None and one.source != merged:
-                sizes = measure(load_model(one.source).model)
-                self.before = sizes if self.before is None else self.before + sizes
-        return joined
-
-    def in_memory(self, model: Model, output: str | os.PathLike[str] | None) -> Optimized:
-        original = ir.from_proto(model) if isinstance(model, onnx.ModelProto) else model
-        with contextlib.ExitStack() as stack:
-            staging, plan = None, None
-            if output is not None:
-                plan = make_plan(None, output)
-                staging = stack.enter_context(Staging(plan))
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            if self.verify:
-                save_model(original, folder / "original.onnx")
-
-            def attempt(passes: Sequence[Pass]) -> tuple[_Rewritten, Verification | None]:
-                rewritten = self._rewrite(original.clone(), DataLayout(), passes)
-                staged = folder / "optimized.onnx"
-                if staging is not None and plan is not None:
-                    staged = staging.save(rewritten.model, plan.outputs[0], rewritten.layout)
-                elif self.verify:
-                    save_model(rewritten.model, staged)
-                if not self.verify:
-                    return rewritten, None
-                self.progress("verifying")
-                proof = verify_models(folder / "original.onnx", staged, sites=rewritten.sites)
-                return rewritten, proof
-
-            rewritten, verification = self._until_proven(attempt, self.passes, "")
-            where = None if output is None else os.fspath(output)
-            report = self._report(where, verification or _SKIPPED)
-            if staging is not None and plan is not None:
-                staging.commit()
-                rewritten.model = load_model(plan.folder / plan.outputs[0].target).model
-        if isinstance(model, onnx.ModelProto):
-            return Optimized(ir.to_proto(rewritten.model), report)
-        return Optimized(rewritten.model, report)
-
-    def _one_file(
-        self, one: Output, plan: Plan, staging: Staging | None, found: list[Verification]
-    ) -> ir.Model:
-        """Rewrite, stage and verify one file."""
-
-        def attempt(passes: Sequence[Pass]) -> tuple[_Rewritten, Verification | None]:
-            assert one.source is not None
-            self.progress(f"reading {one.source.name}")
-            loaded = load_model(one.source)
-            rewritten = self._rewrite(loaded.model, loaded.layout, passes)
-            if staging is None:
-                return rewritten, None
-            self.progress(f"writing {one.target}")
-            staged = staging.save(rewritten.model, one, rewritten.layout)
-            if not self.verify:
-                return rewritten, None
-            self.progress(f"verifying {one.target}")
-            return rewritten, verify_models(one.source, staged, sites=rewritten.sites)
-
-        prefix = f"{one.target}: " if len(plan.outputs) > 1 else ""
-        apart = self.apart if one.target.name in PHASES else ()
-        passes = [each for each in self.passes if each.name not in apart]
-        rewritten, verification = self._until_proven(attempt, passes, prefix)
-        if verification is not None:
-            found.append(verification)
-        return rewritten.model
-
-    def _until_proven(
-        self, attempt: _Attempt, passes: Sequence[Pass], prefix: str
-    ) -> tuple[_Rewritten, Verification | None]:
-        """Rewrite with less and less room for error, while a pass leaves room that fails."""
-        narrow = None
-        while True:
-            rewritten, verification = attempt(passes)
-            applied = {result.name for result in rewritten.results if result.applied}
-            failed = verification is not None and verification.status == "failed"
-            if failed and narrow is not None:  # no stricter one passes
-                rewritten, verification = attempt(narrow)
-                break
-            close = verification is not None and verification.severity > _CLOSE
-            stricter = [
-                one.stricter() if one.name in applied and (failed or one.cautious) else None
-                for one in passes
-            ]
-            if not (failed or close) or not any(stricter):
-                break
-            narrow = None if failed else passes
-            passes = [new or old for new, old in zip(stricter, passes, strict=True)]
-        for result in rewritten.results:
-            self.reports[result.name].add(result, prefix)
-        before, after = rewritten.before, rewritten.after
-        self.before = before if self.before is None else self.before + before
-        self.after = after if self.after is None else self.after + after
-        return rewritten, verification
-
-    def _rewrite(self, model: ir.Model, layout: DataLayout, passes: Sequence[Pass]) -> _Rewritten:
-        before = measure(model)
-        self.progress("rewriting")
-        worked = model
-        if any(_is_module(function) for function in model.functions.values()):
-            # Exporters may keep modules as functions; norms and linear layers meet across them.
-            worked = model.clone()
-            InlinePass(_is_module)(worked)
-        results = run_passes(worked, passes)
-        final = worked if any(result.applied for result in results) else model
-        return _Rewritten(final, layout, results, before, measure(final))
-
-    def _report(self, output: str | None, verification: Verification) -> Report:
-        assert self.before is not None
-        assert self.after is not None
-        failed = verification.status == "failed"
-        report = Report(
-            input=self.given,
-            output=None if failed else output,
-            passes=list(self.reports.values()),
-            before=self.before,
-            after=self.after,
-            verification=verification,
-            seconds=time.perf_counter() - self.start,
-            peak_rss_bytes=_peak_memory(),
-        )
-        if failed:
-            raise ParityError(f"verification failed: {verification.message}", report)
-        return report
-
-
-def _states(plan: Plan, models: Sequence[ir.Model]) -> dict[str, Any]:
-    """The layout of the states of every file that has other caches than it was exported with."""
-    return {
-        str(one.target): json.loads(model.metadata_props[STATE_KEY])
-        for one, model in zip(plan.outputs, models, strict=True)
-        if STATE_KEY in model.metadata_props
-    }
-
-
-def _is_module(function: ir.Function) -> bool:
-    """Whether a function is a part of the model, and not the plain form of an operator of ours."""
-    return function.domain != DOMAIN
-
-
-_SKIPPED = Verification("skipped", "", None, None, 0, "verification was not asked for")
-
-
-def _peak_memory() -> int:
-    """The largest resident size of this process so far, in bytes (0 where it cannot be told)."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

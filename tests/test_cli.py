@@ -123,9 +123,9 @@ def test_an_interrupted_run_leaves_the_old_file(tmp_path: Path) -> None:
     output.mkdir()
     (output / "model.onnx").write_bytes(b"old")
     script = (
-        "import os, signal, onnx_tricks.optimizer as o\n"
+        "import os, signal, onnx_tricks.run as r\n"
         "from onnx_tricks.cli import main\n"
-        "o.verify_models = lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "r.verify_models = lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM)\n"
         "main()"
     )
     done = subprocess.run(

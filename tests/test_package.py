@@ -35,10 +35,8 @@ MAY_IMPORT = {
     },
     "models": {"errors", "graph", "patterns", "rewrite", "weights"},
     "report": {"errors", "graph", "rewrite", "verify"},
-    "optimizer": {
-        *("errors", "graph", "models", "operators", "passes"),
-        *("report", "rewrite", "runtime", "verify"),
-    },
+    "run": {"errors", "graph", "operators", "report", "rewrite", "verify"},
+    "optimizer": {"errors", "models", "passes", "rewrite", "run", "runtime"},
     "inspect": {"errors", "graph", "models", "optimizer", "passes", "rewrite"},
     "export": {"errors", "models", "optimizer", "rewrite", "runtime"},
     "bench": {"errors", "graph", "models", "runtime", "verify"},
