@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import sys
 import tempfile
@@ -32,7 +33,7 @@ from onnx_tricks.rewrite import Pass, PassResult, Site, Skip, run_passes
 from onnx_tricks.verify import Verification
 from onnx_tricks.verify import verify as verify_models
 
-__all__ = ["Model", "Optimized", "Progress", "Run"]
+__all__ = ["Model", "Optimized", "Progress", "Rewritten", "Run"]
 
 Model = ir.Model | onnx.ModelProto
 Progress = Callable[[str], None]
@@ -53,8 +54,16 @@ class Optimized(NamedTuple):
 
 
 @dataclasses.dataclass
-class _Rewritten:
-    """One file of a run: what it was, what it became."""
+class Rewritten:
+    """One file of a run: what it was, what it became.
+
+    Attributes:
+        model: The model, rewritten.
+        layout: How its weights were stored.
+        results: What each pass did.
+        before: What the model cost.
+        after: What it costs now.
+    """
 
     model: ir.Model
     layout: DataLayout
@@ -64,12 +73,13 @@ class _Rewritten:
 
     @property
     def sites(self) -> list[Site]:
+        """Everything that was rewritten."""
         return [site for result in self.results for site in result.applied]
 
 
 # An error of this share of what is allowed is too close for a pass that is cautious.
 _CLOSE = 0.9
-_Attempt = Callable[[Sequence[Pass]], tuple[_Rewritten, Verification | None]]
+_Attempt = Callable[[Sequence[Pass]], tuple[Rewritten, Verification | None]]
 
 
 class Run:
@@ -158,7 +168,7 @@ class Run:
             if self.verify:
                 save_model(original, folder / "original.onnx")
 
-            def attempt(passes: Sequence[Pass]) -> tuple[_Rewritten, Verification | None]:
+            def attempt(passes: Sequence[Pass]) -> tuple[Rewritten, Verification | None]:
                 rewritten = self._rewrite(original.clone(), DataLayout(), passes)
                 staged = folder / "optimized.onnx"
                 if staging is not None and plan is not None:
@@ -171,7 +181,7 @@ class Run:
                 proof = verify_models(folder / "original.onnx", staged, sites=rewritten.sites)
                 return rewritten, proof
 
-            rewritten, verification = self._until_proven(attempt, self.passes, "")
+            rewritten, verification = self.until_proven(attempt, self.passes, "")
             where = None if output is None else os.fspath(output)
             report = self._report(where, verification or _SKIPPED)
             if staging is not None and plan is not None:
@@ -186,7 +196,7 @@ class Run:
     ) -> ir.Model:
         """Rewrite, stage and verify one file."""
 
-        def attempt(passes: Sequence[Pass]) -> tuple[_Rewritten, Verification | None]:
+        def attempt(passes: Sequence[Pass]) -> tuple[Rewritten, Verification | None]:
             assert one.source is not None
             self.progress(f"reading {one.source.name}")
             loaded = load_model(one.source)
@@ -203,32 +213,30 @@ class Run:
         prefix = f"{one.target}: " if len(plan.outputs) > 1 else ""
         apart = self.apart if one.target.name in PHASES else ()
         passes = [each for each in self.passes if each.name not in apart]
-        rewritten, verification = self._until_proven(attempt, passes, prefix)
+        rewritten, verification = self.until_proven(attempt, passes, prefix)
         if verification is not None:
             found.append(verification)
         return rewritten.model
 
-    def _until_proven(
+    def until_proven(
         self, attempt: _Attempt, passes: Sequence[Pass], prefix: str
-    ) -> tuple[_Rewritten, Verification | None]:
-        """Rewrite with less and less room for error, while a pass leaves room that fails."""
-        narrow = None
+    ) -> tuple[Rewritten, Verification | None]:
+        """Rewrite with less and less room for error, while a pass leaves too much of it."""
+        narrow, best = None, math.inf
         while True:
             rewritten, verification = attempt(passes)
             applied = {result.name for result in rewritten.results if result.applied}
             failed = verification is not None and verification.status == "failed"
-            if failed and narrow is not None:  # no stricter one passes
+            severity = 0.0 if verification is None else verification.severity
+            if narrow is not None and severity >= best:  # it is not this error that is close
                 rewritten, verification = attempt(narrow)
                 break
-            close = verification is not None and verification.severity > _CLOSE
-            stricter = [
-                one.stricter() if one.name in applied and (failed or one.cautious) else None
-                for one in passes
-            ]
-            if not (failed or close) or not any(stricter):
+            close, best = severity > _CLOSE, severity
+            stricter = _stricter(passes, applied, cautious=not failed) if failed or close else None
+            if stricter is None:
                 break
             narrow = None if failed else passes
-            passes = [new or old for new, old in zip(stricter, passes, strict=True)]
+            passes = stricter
         for result in rewritten.results:
             self.reports[result.name].add(result, prefix)
         before, after = rewritten.before, rewritten.after
@@ -236,7 +244,7 @@ class Run:
         self.after = after if self.after is None else self.after + after
         return rewritten, verification
 
-    def _rewrite(self, model: ir.Model, layout: DataLayout, passes: Sequence[Pass]) -> _Rewritten:
+    def _rewrite(self, model: ir.Model, layout: DataLayout, passes: Sequence[Pass]) -> Rewritten:
         before = measure(model)
         self.progress("rewriting")
         worked = model
@@ -246,7 +254,7 @@ class Run:
             InlinePass(_is_module)(worked)
         results = run_passes(worked, passes)
         final = worked if any(result.applied for result in results) else model
-        return _Rewritten(final, layout, results, before, measure(final))
+        return Rewritten(final, layout, results, before, measure(final))
 
     def _report(self, output: str | None, verification: Verification) -> Report:
         assert self.before is not None
@@ -265,6 +273,25 @@ class Run:
         if failed:
             raise ParityError(f"verification failed: {verification.message}", report)
         return report
+
+
+def _stricter(
+    passes: Sequence[Pass], applied: set[str], *, cautious: bool
+) -> Sequence[Pass] | None:
+    """Passes with less room for error; None where there are none that may help.
+
+    Those that a user asked for on top come first: what every run does by default yields last.
+    """
+    for default in (False, True):
+        found = [
+            one.stricter()
+            if one.name in applied and one.default is default and (one.cautious or not cautious)
+            else None
+            for one in passes
+        ]
+        if any(found):
+            return [new or old for new, old in zip(found, passes, strict=True)]
+    return None
 
 
 def _states(plan: Plan, models: Sequence[ir.Model]) -> dict[str, Any]:
