@@ -86,6 +86,11 @@ class Part:
         return len({reader.difference or reader.norm.output for reader in self.readers})
 
     @property
+    def gains(self) -> bool:
+        """Whether weights take means off, and more of them than are taken off while it runs."""
+        return bool(self.made) and 2 * len(self.apart) <= self.means
+
+    @property
     def made(self) -> list[Made]:
         """The constants that are centred, as they are read."""
         return [one for term in self.stream.terms if term not in self.apart for one in term.made]
@@ -262,7 +267,7 @@ def _settle(parts: dict[int, Part]) -> Iterator[Site | Skip]:
         conflicts = find_conflicts(_claims(parts))
         for owner in {one.claim.owner for one in conflicts}:
             parts[owner] = _without(parts[owner], conflicts)
-        refused = {i: p for i, p in parts.items() if 2 * len(p.apart) > p.means}
+        refused = {i: p for i, p in parts.items() if not p.gains}
         for index, part in refused.items():
             # One that stands where a mean has been taken off already has nothing left to gain.
             if any(reader.norm.kind == "layer" for reader in part.readers):
