@@ -6,7 +6,9 @@ All of them start from the same output of the encoder, take a prompt of four tok
 more, greedily, with the end of the text forbidden. Rounds take them in turn. What is timed is all
 that a caller waits for: the runs, reading the logits and choosing tokens. CTranslate2 (`pip install
 ctranslate2`) has the same weights, in float32; the time that it takes for one token counts as its
-prompt, and the rest as decoding.
+prompt, and the rest as decoding. Two rows say what is left to gain: the slim form with the
+operator, if its attention to the encoder were as fast as the machine multiplies and reads, or took
+no time.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from bounds import CrossAttention, attention_shares, measure_rates
 from rich.console import Console
 from rich.table import Table
 from transformers import WhisperFeatureExtractor
@@ -46,6 +49,8 @@ _END = 50256
 _PROMPT = (50360, 383, 50257, 50362)  # text before: " The"; begin; no timestamps
 _PAUSE = 0.3  # seconds, until the threads of the one before have stopped to wait for more
 _ORIGINAL, _CTRANSLATE2 = "original", "CTranslate2"
+_OPERATOR = "slim, operator"
+_PROFILED = 16  # tokens of the text that tells how much of the time is attention to the encoder
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -86,11 +91,19 @@ def main(
         writers = _writers(source, Path(folder), threads)
         for rows in map(int, batch.split(",")):
             print(f"batch {rows}", file=sys.stderr)
-            found += _measure(writers, np.repeat(states, rows, axis=0), tokens, rounds)
+            repeated = np.repeat(states, rows, axis=0)
+            texts = _texts(writers, repeated, tokens, rounds)
+            if _OPERATOR in texts:
+                texts |= _bounds(texts[_OPERATOR], source, Path(folder, "auto"), repeated, threads)
+            found += _results(texts, rows)
     versions = describe_machine() | {"threads": str(threads), "ctranslate2": _version()}
     console.print(", ".join(f"{name} {value}" for name, value in versions.items()))
     console.print(_table(found, tokens))
     console.print("times faster: than the original of the same round, median (quartiles)")
+    console.print(
+        "at full rate, in no time: if the operator's attention to the encoder were as fast as "
+        "MatMul multiplies and memory is read, or took no time"
+    )
     if report is not None:
         data = {"versions": versions, "tokens": tokens, "rounds": rounds, "results": found}
         report.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
@@ -181,9 +194,9 @@ class _CTranslate2:
         return seconds, np.array([one.sequences_ids[0] for one in results])
 
 
-def _measure(
+def _texts(
     writers: dict[str, Writer], states: Array, tokens: int, rounds: int
-) -> list[dict[str, Any]]:
+) -> dict[str, list[Written]]:
     """Let all write, in turn, after one text that does not count."""
     for write in writers.values():
         write(states, 2)
@@ -193,10 +206,43 @@ def _measure(
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             time.sleep(_PAUSE)
             texts[name].append(writers[name](states, tokens))
+    return texts
+
+
+def _bounds(
+    written: Sequence[Written], source: Path, model: Path, states: Array, threads: int
+) -> dict[str, list[Written]]:
+    """The same texts, with the attention to the encoder as fast as can be, or taking no time."""
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    layers, heads = config["decoder_layers"], config["decoder_attention_heads"]
+    attention = CrossAttention(layers, heads, states)
+    prompt, steps = attention_shares(
+        lambda options: _Decoding(model, options)(states, _PROFILED),
+        session_options(threads=threads),
+    )
+    rates = measure_rates(states, threads)
+    print(f"attention to the encoder: {prompt:.0%}, {steps:.0%}; {rates}", file=sys.stderr)
+    least = attention.least_seconds(len(_PROMPT), rates), attention.least_seconds(1, rates)
+
+    def without(one: Written, prompt_least: float, step_least: float) -> Written:
+        runs = one.tokens.shape[1] - 1
+        return Written(
+            one.prompt * (1 - prompt) + prompt_least,
+            one.decoding * (1 - steps) + runs * step_least,
+            one.tokens,
+        )
+
+    return {
+        "slim, attention at full rate": [without(one, *least) for one in written],
+        "slim, attention in no time": [without(one, 0, 0) for one in written],
+    }
+
+
+def _results(texts: dict[str, list[Written]], rows: int) -> list[dict[str, Any]]:
     original = texts[_ORIGINAL]
     return [
         {
-            "batch": len(states),
+            "batch": rows,
             "model": name,
             "prompt_seconds": statistics.median(one.prompt for one in found),
             "decoding_seconds": statistics.median(one.decoding for one in found),

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch.export import Dim
 from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from onnx_tricks.errors import UsageError
+from onnx_tricks.models.preprocessors import image_size
 
 __all__ = ["Graph", "graphs"]
 
 _BATCH, _LENGTH, _PAST = 2, 7, 5  # of the examples; all are dynamic in the export
+_FRAMES, _SAMPLES = 40, 4000  # of sound
 
 # A Dim ties the axes that carry it together; a plain name leaves its axis free.
 _Axes = Mapping[int, Dim | str]
@@ -44,7 +47,7 @@ def graphs(model: PreTrainedModel, *, cache: bool = False) -> list[Graph]:
     """Cuts a model into its graphs.
 
     Args:
-        model: A decoder, a text or image encoder, or a model with two sides.
+        model: A decoder, a model that is run once, or one with two sides that generates text.
         cache: For a decoder, take and return the key/value cache as ``past_key_values.{layer}.key``
             and ``present.{layer}.key``, each ``[batch, heads, length, head size]``.
 
@@ -54,11 +57,9 @@ def graphs(model: PreTrainedModel, *, cache: bool = False) -> list[Graph]:
     Raises:
         UsageError: A cache is asked for, and the model has none, or one that holds other states.
     """
-    if model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder and model.can_generate():
         return [_encoder(model), _decoder(model)]
-    if model.main_input_name == "pixel_values":
-        return [_image(model)]
-    return [_cached_text(model) if cache else _text(model)]
+    return [_cached_text(model) if cache else _whole(model)]
 
 
 class _Module(torch.nn.Module):
@@ -73,24 +74,52 @@ class _Module(torch.nn.Module):
         return self.function(self.model, *inputs)
 
 
-def _image(model: PreTrainedModel) -> Graph:
-    def logits(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
-        return model(pixel_values).logits
+def _whole(model: PreTrainedModel) -> Graph:
+    inputs, options = _inputs(model), {}
+    if model.can_generate() and "use_cache" in inspect.signature(model.forward).parameters:
+        options["use_cache"] = False
 
-    channels, size = model.config.num_channels, model.config.image_size
-    example = torch.zeros(_BATCH, channels, size, size, dtype=model.dtype)
-    inputs = {"pixel_values": (example, {0: _BATCH_AXIS})}
-    return Graph("model", _Module(model, logits), inputs, ["logits"])
+    def run(model: PreTrainedModel, *given: torch.Tensor) -> Any:
+        return model(**dict(zip(inputs, given, strict=True)), **options)
+
+    def tensors(model: PreTrainedModel, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        output = run(model, *given)
+        return tuple(output[name] for name in names)
+
+    with torch.no_grad():
+        output = run(model, *(example for example, _ in inputs.values()))
+    names = [name for name, one in output.items() if isinstance(one, torch.Tensor)]
+    return Graph("model", _Module(model, tensors), inputs, names)
 
 
-def _text(model: PreTrainedModel) -> Graph:
-    options = {"use_cache": False} if model.can_generate() else {}
-
-    def logits(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return model(ids, attention_mask=mask, **options).logits
-
-    inputs = {"input_ids": (_tokens(_LENGTH), _TEXT), "attention_mask": (_tokens(_LENGTH), _TEXT)}
-    return Graph("model", _Module(model, logits), inputs, ["logits"])
+def _inputs(model: PreTrainedModel) -> dict[str, tuple[torch.Tensor, _Axes]]:
+    """Examples and their dynamic axes; the size of images and of windows in time is fixed."""
+    config, dtype = model.config, model.dtype
+    fixed: _Axes = {0: _BATCH_AXIS}
+    longer: _Axes = {0: _BATCH_AXIS, 1: "length"}
+    shape: tuple[int, ...]
+    match model.main_input_name:
+        case "pixel_values" as name:
+            shape, axes = (3, *image_size(config)), fixed
+        case "past_values" as name:
+            shape, axes = (config.context_length, config.num_input_channels), fixed
+        case "input_features" as name if hasattr(config, "num_mel_bins"):
+            shape, axes = (config.num_mel_bins, 2 * config.max_source_positions), fixed
+        case "input_features" as name:
+            shape, axes = (_FRAMES, config.input_feat_per_channel), longer
+        case "input_values" as name:
+            shape, axes = (_SAMPLES,), longer
+        case "flattened_patches" as name:  # each behind its row and column
+            shape, axes = (_LENGTH, 2 + config.vision_config.patch_embed_hidden_size), longer
+        case "states":
+            widths = {"states": config.state_dim, "actions": config.act_dim, "returns_to_go": 1}
+            return {
+                name: (torch.zeros(_BATCH, _LENGTH, width, dtype=dtype), _TEXT)
+                for name, width in widths.items()
+            } | {"timesteps": (_tokens(_LENGTH), _TEXT)}
+        case _:
+            return {name: (_tokens(_LENGTH), _TEXT) for name in ("input_ids", "attention_mask")}
+    return {name: (torch.zeros(_BATCH, *shape, dtype=dtype), axes)}
 
 
 def _cached_text(model: PreTrainedModel) -> Graph:
@@ -134,32 +163,37 @@ def _cached(cache: DynamicCache) -> list[torch.Tensor]:
 
 
 def _encoder(model: PreTrainedModel) -> Graph:
-    def states(model: PreTrainedModel, source: torch.Tensor) -> torch.Tensor:
-        return model.get_encoder()(source).last_hidden_state
+    inputs = _inputs(model)
 
-    if model.main_input_name == "input_features":  # audio: the positions are fixed
-        length = 2 * model.config.max_source_positions
-        example = torch.zeros(_BATCH, model.config.num_mel_bins, length, dtype=model.dtype)
-        inputs: dict[str, tuple[torch.Tensor, _Axes]] = {
-            "input_features": (example, {0: _BATCH_AXIS})
-        }
-    else:
-        inputs = {"input_ids": (_tokens(_LENGTH), _TEXT)}
+    def states(model: PreTrainedModel, *given: torch.Tensor) -> torch.Tensor:
+        return model.get_encoder()(**dict(zip(inputs, given, strict=True))).last_hidden_state
+
     return Graph("encoder_model", _Module(model, states), inputs, ["last_hidden_state"])
 
 
 def _decoder(model: PreTrainedModel) -> Graph:
     def logits(
-        model: PreTrainedModel, ids: torch.Tensor, encoder_hidden_states: torch.Tensor
+        model: PreTrainedModel,
+        ids: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        states = (encoder_hidden_states,)
-        return model(decoder_input_ids=ids, encoder_outputs=states, use_cache=False).logits
+        states = BaseModelOutput(encoder_hidden_states)
+        options = {} if mask is None else {"attention_mask": mask}
+        output = model(decoder_input_ids=ids, encoder_outputs=states, use_cache=False, **options)
+        return output.logits
 
-    states = torch.zeros(_BATCH, _LENGTH, model.config.d_model, dtype=model.dtype)
+    encoder = _encoder(model)
+    with torch.no_grad():
+        width = encoder.module(*(example for example, _ in encoder.inputs.values())).shape[-1]
+    states = torch.zeros(_BATCH, _LENGTH, width, dtype=model.dtype)
+    source: _Axes = {0: _BATCH_AXIS, 1: Dim("source")}
     inputs: dict[str, tuple[torch.Tensor, _Axes]] = {
-        "input_ids": (_tokens(_PAST), _TEXT),
-        "encoder_hidden_states": (states, {0: _BATCH_AXIS, 1: "source"}),
+        "input_ids": (_tokens(_PAST), {0: _BATCH_AXIS, 1: "sequence"}),
+        "encoder_hidden_states": (states, source),
     }
+    if "attention_mask" in encoder.inputs:
+        inputs["encoder_attention_mask"] = (_tokens(_LENGTH), source)
     return Graph("decoder_model", _Module(model, logits), inputs, ["logits"])
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import (
     Pix2StructImageProcessor,
     Pix2StructProcessor,
+    PretrainedConfig,
     PreTrainedModel,
     T5TokenizerFast,
     ViTImageProcessor,
@@ -17,7 +18,7 @@ from transformers import (
 
 from onnx_tricks.models.tokenizers import byte_tokenizer
 
-__all__ = ["preprocessors"]
+__all__ = ["image_size", "preprocessors"]
 
 _PATCHES = 12  # how many an image has at most, for Pix2Struct
 
@@ -32,9 +33,8 @@ def preprocessors(model: PreTrainedModel) -> Iterator[list[Any]]:
     Yields:
         Those that Optimum must be handed, and does not load.
     """
-    config = getattr(model.config, "backbone_config", None) or model.config
-    size, name = getattr(config, "image_size", None) or 32, model.config.name_or_path
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    name = model.config.name_or_path
+    height, width = image_size(model.config)
     with tempfile.TemporaryDirectory() as folder:
         ViTImageProcessor(size={"height": height, "width": width}).save_pretrained(folder)
         model.config.name_or_path = folder
@@ -42,6 +42,16 @@ def preprocessors(model: PreTrainedModel) -> Iterator[list[Any]]:
             yield _handed(model)
         finally:
             model.config.name_or_path = name
+
+
+def image_size(config: PretrainedConfig) -> tuple[int, int]:
+    """Height and width of the images for a model, or for the part of it that sees."""
+    parts = (
+        getattr(config, name, None) for name in ("backbone_config", "encoder", "vision_config")
+    )
+    size = getattr(next(filter(None, parts), config), "image_size", None) or 32
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return height, width
 
 
 def _handed(model: PreTrainedModel) -> list[Any]:

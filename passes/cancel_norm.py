@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnx_tricks.graph.edit import add_constant, insert
 from onnx_tricks.graph.names import node_name
 from onnx_tricks.graph.shapes import dtype_of
+from onnx_tricks.patterns.extents import Extents
 from onnx_tricks.patterns.homogeneous import End, spread
 from onnx_tricks.patterns.norm import Norm, find_norms
 from onnx_tricks.rewrite import Pass, Site, Skip
@@ -66,11 +67,12 @@ class CancelNorm(Pass):
         norms = [one for one in find_norms(model) if isinstance(one, Norm)]
         entries = {use: one for one in norms if one.kind in ("rms", "layer") for use in one.entries}
         order = {node: place for place, node in enumerate(model.graph.all_nodes())}
+        extents = Extents()
         found: dict[int, tuple[End, ...]] = {}
         for index, norm in enumerate(norms):
             if norm.kind != "rms" or norm.axis != -1 or norm.node.op_type.startswith("Skip"):
                 continue
-            reached = spread(norm, order, entries)
+            reached = spread(norm, order, entries, extents)
             reason = str(reached.obstacle or "")
             if norm.biased:
                 reason = "its bias would not be scaled along"

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnx_tricks.graph.constants import scalar
 from onnx_tricks.graph.edit import add_constant, insert, insert_after, shared_constant
 from onnx_tricks.graph.shapes import dim, dtype_of, rank_of
+from onnx_tricks.patterns.extents import Extents
 from onnx_tricks.patterns.linear import Linear, find_linear
 from onnx_tricks.patterns.norm import Norm, find_norms
 from onnx_tricks.patterns.projection import bias_of, matrix_of
@@ -93,12 +94,13 @@ class DeferNorm(Pass):
 
     def sites(self, model: ir.Model) -> Iterator[Site | Skip]:
         """Yield the norms whose division can be deferred, and why that of others cannot."""
+        extents = Extents()
         found: list[tuple[Norm, tuple[Linear, ...], tuple[Product, ...]]] = []
         for norm in find_norms(model):
             if not isinstance(norm, Norm) or norm.kind != "rms" or norm.axis != -1:
                 continue
             label = norm.node.name or norm.node.outputs[0].name or norm.node.op_type
-            read = _reason(norm) or _products(norm)
+            read = _reason(norm) or _products(norm, extents)
             if isinstance(read, str):
                 yield Skip(label, read)
             else:
@@ -208,9 +210,9 @@ def _reason(norm: Norm) -> str:
     return ""
 
 
-def _products(norm: Norm) -> tuple[tuple[Linear, ...], tuple[Product, ...]] | str:
+def _products(norm: Norm, extents: Extents) -> tuple[tuple[Linear, ...], tuple[Product, ...]] | str:
     """The linear layers that read a norm, and their products; or what else reads it."""
-    readers = find_readers(norm.output, norm.axis, norm.width)
+    readers = find_readers(norm.output, norm.axis, norm.width, extents)
     if readers.obstacles:
         return f"{readers.obstacles[0]}, so that it has to be divided before"
     if not readers.linear:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import onnx_ir as ir
@@ -20,6 +20,7 @@ from onnx_tricks.graph.edit import (
 )
 from onnx_tricks.graph.names import node_name
 from onnx_tricks.graph.spell import write_norm, write_product
+from onnx_tricks.patterns.extents import Extents
 from onnx_tricks.patterns.norm import Norm, OpaqueNorm, find_norms
 from onnx_tricks.patterns.readers import Reader, find_readers
 from onnx_tricks.patterns.sharing import Claim, Conflict, find_conflicts, share_groups
@@ -71,7 +72,7 @@ class Part:
     def scaling(self, reader: Reader) -> Scaling:
         """What the weight of one reader is multiplied with."""
         channels, linear = reader.channels, reader.linear
-        gain = np.ascontiguousarray(self.norm.gain[channels.start : channels.stop])
+        gain = np.ascontiguousarray(self.norm.gain[channels.order])
         return Scaling(linear.weight.axis, linear.groups, gain.tobytes())
 
 
@@ -96,7 +97,8 @@ class FoldNorm(Pass):
 
     Shapes: g, beta [D], W [D, F], b [F].
     Exact: in real arithmetic; folded in float64, rounded once to the dtype of W.
-    Applies when: g, beta and W are constant and every reader of the norm is linear.
+    Applies when: g, beta and W are constant and every reader of the norm is linear, whatever mixes
+    or scales rows on the way, as long as it takes each channel for itself.
     Saves: D (or 2 D) parameters and one or two element-wise operators per norm.
     The bias stays in the norm, as beta / g, where a linear layer cannot take it (rows that are
     padded or masked in between), where new biases would outgrow what goes (a head without bias),
@@ -110,25 +112,36 @@ class FoldNorm(Pass):
             of its own, which the file grows by; "skip" leaves the norm alone. "auto" rescales
             tables in float32 and float64 and skips those in half precision, where what is looked
             up would be rounded twice.
+        wide_only: Whether norms in front of weights in half precision stay as they are: rounding
+            those once more is felt, and may fail the proof together with what else is rounded.
     """
 
     name: ClassVar[str] = "fold-norm"
     summary: ClassVar[str] = "Fold norm gains and biases into the linear layers that read them."
 
     shared_weights: SharedWeights = "auto"
+    wide_only: bool = False
+
+    def stricter(self) -> Self | None:
+        """The pass without half precision, where that has not been left out before."""
+        return None if self.wide_only else dataclasses.replace(self, wide_only=True)
 
     def sites(self, model: ir.Model) -> Iterator[Site | Skip]:
         """Yield the norms that can be folded, and why the others cannot."""
+        extents = Extents()
         parts: dict[int, Part] = {}
         for index, norm in enumerate(find_norms(model)):
             if isinstance(norm, OpaqueNorm):
                 yield Skip(node_name(norm.node), norm.reason)
             elif not norm.plain:
-                part = _look_behind(norm)
+                part = _look_behind(norm, extents)
                 if part is None:
                     continue
                 if isinstance(part, str):
                     yield Skip(node_name(norm.node), part)
+                elif self.wide_only and any(map(_is_half, part.readers)):
+                    reason = "in half precision its weights, rounded once more, failed the proof"
+                    yield Skip(node_name(norm.node), reason)
                 else:
                     parts[index] = part
         while True:
@@ -174,9 +187,9 @@ class FoldNorm(Pass):
         return "rescale" if weight.tensor.dtype.itemsize > 2 else "skip"
 
 
-def _look_behind(norm: Norm) -> Part | str | None:
+def _look_behind(norm: Norm, extents: Extents) -> Part | str | None:
     """The linear layers behind a norm; or why it cannot be folded; None when nothing is left to."""
-    readers = find_readers(norm.output, norm.axis, norm.width)
+    readers = find_readers(norm.output, norm.axis, norm.width, extents)
     if readers.obstacles:
         return f"{readers.obstacles[0]}, so its gain cannot move into weights alone"
     if not readers.linear:
@@ -199,6 +212,10 @@ def _look_behind(norm: Norm) -> Part | str | None:
     if kept is None:
         return f"{(refusals or ['its bias'])[0]}, and it cannot stay behind a gain with zeros"
     return dataclasses.replace(part, kept=kept)
+
+
+def _is_half(reader: Reader) -> bool:
+    return reader.linear.weight.tensor.dtype.itemsize <= 2
 
 
 def _outgrows(part: Part, biases: list[_Array]) -> bool:
@@ -262,7 +279,7 @@ def _folded_bias(norm: Norm, reader: Reader) -> _Array | str:
     if linear.contribution is None or not linear.weight.readable:
         return f"{where} has no place for the bias that its own bias would become"
     assert norm.bias is not None
-    row = norm.bias[channels.start : channels.stop] * channels.scale
+    row = norm.bias[channels.order] * channels.scale
     matrix = linear.weight.read()
     total = linear.contribution(matrix, row)
     dtype = matrix.dtype

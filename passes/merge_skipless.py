@@ -13,8 +13,8 @@ from onnx_tricks.graph.constants import is_constant
 from onnx_tricks.graph.shapes import dim, dtype_of
 from onnx_tricks.latent import condition
 from onnx_tricks.patterns.attention import Attention, OpaqueAttention, find_attentions
+from onnx_tricks.patterns.channels import Obstacle
 from onnx_tricks.patterns.junction import Junction, find_junction
-from onnx_tricks.patterns.moves import Obstacle
 from onnx_tricks.patterns.sharing import Claim, Conflict, find_conflicts
 from onnx_tricks.rewrite import Pass, Site, Skip
 from onnx_tricks.runtime.activations import observe

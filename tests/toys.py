@@ -58,6 +58,10 @@ def weights(seed: int = 0) -> dict[str, np.ndarray]:
         "width": np.full((), float(D)),
         "inverse_width": np.full((), 1.0 / D),
         "root_width": np.full((), float(np.sqrt(D))),
+        "w_twice": normal((2 * D, F)) / 4,
+        "w_map": normal((F, D, 1, 1)) / 4,
+        "w_map3": normal((F, D, 3, 1)) / 4,
+        "w_each": normal((D, 1, 3, 1)) / 4,
     }
 
 
@@ -69,6 +73,9 @@ INTEGERS = {
     "picks": np.array([0, 2]),
     "flat": np.array([-1, D]),
     "heads": np.array([0, 0, 4, D // 4]),
+    "all_heads": np.array([0, 0, D]),
+    "mixed": np.array([-1, D, 1, 1]),
+    "half_width": np.array([D // 2]),
     "halves": np.array([D // 2, D // 2]),
     "start": np.array([1]),
     "stop": np.array([3]),
@@ -142,7 +149,8 @@ def feeds(proto: onnx.ModelProto, seed: int = 1, length: int = 5) -> dict[str, n
 
 def run_exactly(proto: onnx.ModelProto, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     """Run a float64 model without the runtime's fusions, which keep epsilon in float32."""
-    if any(node.op_type == "Conv" for node in proto.graph.node):  # no float64 kernel
+    if {"Conv", "GlobalAveragePool"} & {node.op_type for node in proto.graph.node}:
+        # The runtime has no float64 kernel for these.
         return list(onnx.reference.ReferenceEvaluator(proto).run(None, dict(inputs)))
     return run(proto, inputs, optimise=False)
 

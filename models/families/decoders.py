@@ -52,8 +52,9 @@ _ROTARY = {
     "ernie4_5": _causal("Ernie4_5ForCausalLM", SIZES, GROUPED, head_dim=16, use_bias=True),
     "ernie4_5_heads": _causal("Ernie4_5ForCausalLM", _FUSED_HEADS, head_dim=16, use_bias=True),
     "exaone4": _causal("Exaone4ForCausalLM", SIZES, GROUPED, sliding_window=16),
-    "falcon": _causal("FalconForCausalLM", _FALCON, new_decoder_architecture=False),
+    # Heads of its own come first: PyTorch cannot export the one that all heads share.
     "falcon_heads": _causal("FalconForCausalLM", _FALCON, multi_query=False),
+    "falcon": _causal("FalconForCausalLM", _FALCON, new_decoder_architecture=False),
     "falcon_new": _causal(
         "FalconForCausalLM", _FALCON, new_decoder_architecture=True, num_kv_heads=2
     ),
@@ -197,12 +198,9 @@ _ADDED = {  # positions as rows added to the embedding
         decoder_ffn_dim=80,
         max_position_embeddings=64,
     ),
-    "decision_transformer": Family(
-        "DecisionTransformerModel",
-        "reinforcement-learning",
-        {**GPT, "hidden_size": 48, "state_dim": 9, "act_dim": 5, "max_ep_len": 64},
+    "imagegpt": Family(
+        "ImageGPTForImageClassification", "image-classification", {**GPT, "num_labels": 67}
     ),
-    "imagegpt": Family("ImageGPTForImageClassification", "image-classification", GPT),
 }
 
 _EXPERTS = {

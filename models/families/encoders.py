@@ -68,7 +68,7 @@ ENCODERS = {
     "ibert": _masked("IBertForMaskedLM"),
     "layoutlm": _masked("LayoutLMForMaskedLM", **_PAGE),
     "lilt": _labelled("LiltForTokenClassification", **_PAGE, channel_shrink_ratio=2),
-    "longformer": _masked("LongformerForMaskedLM", attention_window=8),
+    "longformer": _masked("LongformerForMaskedLM", attention_window=8, onnx_export=True),
     "markuplm": _labelled("MarkupLMForTokenClassification", xpath_unit_hidden_size=8, max_depth=5),
     "megatron-bert": _masked("MegatronBertForMaskedLM"),
     "mobilebert": _masked("MobileBertForMaskedLM", **_MOBILE),

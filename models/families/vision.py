@@ -1,10 +1,10 @@
-"""Families that take images, and two that take series of measurements."""
+"""Families that take images, and three that take series of measurements."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from onnx_tricks.models.families.family import SIZES, Family
+from onnx_tricks.models.families.family import GPT, SIZES, Family
 
 __all__ = ["VISION"]
 
@@ -98,6 +98,11 @@ VISION = {
         },
     ),
     "data2vec-vision": _classified("Data2VecVisionForImageClassification", **_BEIT),
+    "decision_transformer": Family(
+        "DecisionTransformerModel",
+        "reinforcement-learning",
+        {**GPT, "hidden_size": 48, "state_dim": 9, "act_dim": 5, "max_ep_len": 64},
+    ),
     "deit": _classified("DeiTForImageClassification", **_VIT),
     "detr": _detected("DetrForObjectDetection", **_DETR),
     "detr_segmentation": Family(
@@ -258,7 +263,10 @@ VISION = {
     "swinv2": _classified("Swinv2ForImageClassification", **_SWIN),
     "table-transformer": _detected("TableTransformerForObjectDetection", **_DETR),
     "vit": _classified("ViTForImageClassification", **_VIT),
-    "vit_mae": Family("ViTMAEModel", "feature-extraction", _VIT),
+    # One patch, so that chance has no choice of which ones to hide.
+    "vit_mae": Family(
+        "ViTMAEModel", "feature-extraction", {**_VIT, "image_size": 8, "mask_ratio": 0.0}
+    ),
     "vit_msn": _classified("ViTMSNForImageClassification", **_VIT),
     "vitpose": Family(
         "VitPoseForPoseEstimation",

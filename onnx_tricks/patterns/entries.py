@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,9 @@ import onnx_ir as ir
 
 from onnx_tricks.graph.constants import evaluate, is_whole_shape
 from onnx_tricks.graph.shapes import dim, rank_of, shape_of
+from onnx_tricks.patterns.extents import Extents
 
-__all__ = ["Known", "entry", "repeats"]
-
-Known = Mapping[tuple[ir.Value, int], int]
-"""Lengths of axes, counted from the end, that are known whatever shape inference makes of them."""
+__all__ = ["entry", "repeats"]
 
 _Places = np.ndarray[Any, np.dtype[Any]]
 _ANY_LENGTH = 1 << 16
@@ -23,13 +21,13 @@ _REPEAT = frozenset(("Cast", "Expand", "Identity", "Tile"))
 _KEEP_ORDER = frozenset(("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"))
 
 
-def entry(tensor: ir.Value | None, place: int, known: Known) -> int | None:
+def entry(tensor: ir.Value | None, place: int, extents: Extents) -> int | None:
     """One entry of a tensor of integers, as far as it can be told.
 
     Args:
         tensor: The tensor.
         place: Which of its entries, counted from the end in row-major order (-1 is the last).
-        known: Lengths of axes.
+        extents: The lengths of axes.
     """
     array = evaluate(tensor)
     if array is not None:
@@ -39,9 +37,9 @@ def entry(tensor: ir.Value | None, place: int, known: Known) -> int | None:
     if node is None or node.domain != "" or node.inputs[0] is None:
         return None
     if node.op_type == "Shape" and is_whole_shape(node):
-        return known.get((node.inputs[0], place), dim(node.inputs[0], place))
+        return extents.number(node.inputs[0], place)
     if node.op_type in _KEEP_ORDER:
-        return entry(node.inputs[0], place, known)
+        return entry(node.inputs[0], place, extents)
     if node.op_type == "ConstantOfShape":
         fill = node.attributes.get("value")
         return 0 if fill is None else int(fill.as_tensor().numpy().reshape(()))
@@ -49,21 +47,21 @@ def entry(tensor: ir.Value | None, place: int, known: Known) -> int | None:
         for piece in reversed(node.inputs):
             length = dim(piece, 0) if piece is not None else None
             if length is None or -place <= length:
-                return entry(piece, place, known) if length is not None else None
+                return entry(piece, place, extents) if length is not None else None
             place += length
     if node.op_type in _PICKS:
         before = _place_before(node, place)
-        return None if before is None else entry(node.inputs[0], before, known)
+        return None if before is None else entry(node.inputs[0], before, extents)
     return None
 
 
-def repeats(tensor: ir.Value | None, axis: int, known: Known) -> int | None:
+def repeats(tensor: ir.Value | None, axis: int, extents: Extents) -> int | None:
     """The length of an axis along which all entries of a tensor are the same; None where not so.
 
     Args:
         tensor: The tensor.
         axis: The axis, counted from the end.
-        known: Lengths of axes.
+        extents: The lengths of axes.
     """
     if tensor is None:
         return None
@@ -76,10 +74,10 @@ def repeats(tensor: ir.Value | None, axis: int, known: Known) -> int | None:
     node = tensor.producer()
     if node is None or node.domain != "" or node.op_type not in _REPEAT:
         return None
-    before = repeats(node.inputs[0], axis, known)
+    before = repeats(node.inputs[0], axis, extents)
     if before is None or node.op_type in _KEEP_ORDER:
         return before
-    times = entry(node.inputs[1], axis, known)
+    times = entry(node.inputs[1], axis, extents)
     if times is None:
         return None
     return before * times if node.op_type == "Tile" else max(before, times)

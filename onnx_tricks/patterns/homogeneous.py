@@ -14,10 +14,10 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from onnx_tricks.graph.constants import is_constant
-from onnx_tricks.graph.shapes import dim
-from onnx_tricks.patterns.entries import Known
+from onnx_tricks.patterns.channels import Channels, Obstacle
+from onnx_tricks.patterns.extents import Extents
 from onnx_tricks.patterns.linear import find_linear
-from onnx_tricks.patterns.moves import Channels, Obstacle, follow
+from onnx_tricks.patterns.moves import follow
 from onnx_tricks.patterns.norm import Norm
 
 __all__ = ["End", "Spread", "spread"]
@@ -70,16 +70,19 @@ class Spread:
     obstacle: Obstacle | None
 
 
-def spread(norm: Norm, order: Mapping[ir.Node, int], entries: Mapping[Use, Norm]) -> Spread:
+def spread(
+    norm: Norm, order: Mapping[ir.Node, int], entries: Mapping[Use, Norm], extents: Extents
+) -> Spread:
     """Follow a positive factor on the rows of what a norm computes.
 
     Args:
         norm: The norm.
         order: The place of each node in the order of execution.
         entries: The uses by which norms read their input, and the norm of each.
+        extents: The lengths of axes, to be shared by all searches in a model.
     """
     states = {norm.output: _State(norm.axis, norm.width)}
-    lengths = {(norm.output, norm.axis): norm.width}
+    extents.learn(norm.output, norm.axis, norm.width)
     ends: dict[ir.Node, End] = {}
     pending: list[tuple[int, ir.Node]] = []
     queued: set[ir.Node] = set()
@@ -103,19 +106,19 @@ def spread(norm: Norm, order: Mapping[ir.Node, int], entries: Mapping[Use, Norm]
     obstacle = visit(norm.output)
     while pending and obstacle is None:
         _, node = heapq.heappop(pending)
-        found = _through(node, states, lengths)
+        found = _through(node, states, extents)
         if isinstance(found, Obstacle):
             obstacle = found
             break
         for output, state in found:
             states[output] = state
-            lengths[output, state.axis] = state.width
+            extents.learn(output, state.axis, state.width)
             obstacle = obstacle or visit(output)
     return Spread(tuple(ends.values()), obstacle)
 
 
 def _through(
-    node: ir.Node, states: Mapping[ir.Value, _State], lengths: Known
+    node: ir.Node, states: Mapping[ir.Value, _State], extents: Extents
 ) -> list[tuple[ir.Value, _State]] | Obstacle:
     """What a factor on the inputs of a node makes of its outputs."""
     known = [
@@ -142,20 +145,19 @@ def _through(
     divides = node.op_type == "Div" and index == 0
     if node.domain == "" and (divides or node.op_type == "Mul") and is_constant(others[0]):
         return [(output, state)]
-    return _single(node, index, state, lengths)
+    return _single(node, index, state, extents)
 
 
 def _single(
-    node: ir.Node, index: int, state: _State, lengths: Known
+    node: ir.Node, index: int, state: _State, extents: Extents
 ) -> list[tuple[ir.Value, _State]] | Obstacle:
     """A move of whole rows, or a linear layer."""
-    moved = follow(node, index, Channels(state.axis, 0, state.width), lengths)
+    moved = follow(node, index, Channels.all(state.axis, state.width), extents)
     if isinstance(moved, Obstacle):
-        # Rows split into heads stay rows: no head holds numbers of two of them.
-        head = dim(node.outputs[0], -1) if node.op_type == "Reshape" else None
-        if head is None or state.axis != -1 or state.width % head:
-            return moved
-        moved = [(node.outputs[0], Channels(-1, 0, head))]
+        return moved
+    if moved is not None and not all(one.regular for _, one in moved):
+        # Heads stay rows: none holds numbers of two of them. Several rows on one axis do not.
+        return Obstacle(node, "joins rows, or may do so")
     if moved is not None:
         path = (*state.moved, node)
         return [(one, _State(c.axis, c.width, state.degree, path)) for one, c in moved]

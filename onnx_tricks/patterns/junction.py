@@ -12,9 +12,9 @@ import onnx_ir as ir
 
 from onnx_tricks.graph.constants import evaluate
 from onnx_tricks.graph.shapes import dim
+from onnx_tricks.patterns.channels import Obstacle
 from onnx_tricks.patterns.linear import Linear, find_linear
 from onnx_tricks.patterns.maker import Made
-from onnx_tricks.patterns.moves import Obstacle
 from onnx_tricks.patterns.stream import Stream, Term, find_stream
 
 __all__ = ["Junction", "find_junction"]

@@ -67,6 +67,8 @@ def find_linear(node: ir.Node, index: int, axis: int) -> Linear | str:
     if finder is None:
         if node.domain == "" and node.op_type in ("Add", "Sub", "Sum"):
             return "adds it to another value, as a residual connection does"
+        if node.op_type in _ATTENTION_PARTS:
+            return "takes it as queries, keys or values"
         return "is not linear in it"
     return finder(node, index, axis)
 
@@ -221,6 +223,10 @@ def _bias_behind(output: ir.Value) -> tuple[ir.Node | None, ir.Value | None]:
     return reader, other[0]
 
 
+_ATTENTION_PARTS = frozenset(
+    "Attention DecoderMaskedMultiHeadAttention GroupQueryAttention MultiHeadAttention "
+    "PagedAttention RotaryEmbedding".split()
+)
 _FINDERS: dict[tuple[str, str], Callable[[ir.Node, int, int], Linear | str]] = {
     ("", "MatMul"): _matmul,
     (_MICROSOFT, "FusedMatMul"): _matmul,

@@ -9,7 +9,9 @@ import onnx_ir as ir
 
 from onnx_tricks.graph.constants import evaluate, is_constant
 from onnx_tricks.graph.shapes import rank_of
-from onnx_tricks.patterns.moves import Channels, follow
+from onnx_tricks.patterns.channels import Channels
+from onnx_tricks.patterns.extents import Extents
+from onnx_tricks.patterns.moves import follow
 from onnx_tricks.patterns.weight import Weight, trace_weight
 
 __all__ = ["Made", "came_from", "made_of"]
@@ -37,13 +39,14 @@ class Made:
     scale: ir.Value | None = None
 
 
-def came_from(value: ir.Value, axis: int, width: int) -> tuple[int, int] | None:
+def came_from(value: ir.Value, axis: int, width: int, extents: Extents) -> tuple[int, int] | None:
     """The operand that a node moves about to make a value.
 
     Args:
         value: The value.
         axis: Its channel axis, counted from the end.
         width: D, the number of channels.
+        extents: The lengths of axes.
 
     Returns:
         Which input of the producer it is, and its channel axis; None where channels do not come
@@ -55,16 +58,16 @@ def came_from(value: ir.Value, axis: int, width: int) -> tuple[int, int] | None:
     for index, operand in enumerate(node.inputs):
         rank = None if operand is None else rank_of(operand)
         for place in sorted(range(-(rank or _HIGHEST_RANK), 0), key=lambda one: one != axis):
-            moved = follow(node, index, Channels(place, 0, width))
+            moved = follow(node, index, Channels.all(place, width), extents)
             if isinstance(moved, list) and any(
-                output is value and (channels.axis, channels.width) == (axis, width)
+                output is value and channels.axis == axis and channels.is_row(width)
                 for output, channels in moved
             ):
                 return index, place
     return None
 
 
-def made_of(value: ir.Value, axis: int, width: int) -> tuple[Made, ...]:
+def made_of(value: ir.Value, axis: int, width: int, extents: Extents) -> tuple[Made, ...]:
     """The constants in which a value is linear, all together, by their output channels.
 
     What is done alike to the channels of all of them is done to the value.
@@ -73,6 +76,7 @@ def made_of(value: ir.Value, axis: int, width: int) -> tuple[Made, ...]:
         value: The output of a linear layer, or of a lookup in a table.
         axis: Its channel axis, counted from the end.
         width: D, the number of channels.
+        extents: The lengths of axes.
 
     Returns:
         Weight and bias, or the table; empty where the value is made otherwise.
@@ -80,12 +84,12 @@ def made_of(value: ir.Value, axis: int, width: int) -> tuple[Made, ...]:
     node = value.producer()
     if node is None:
         return ()
-    if (scaled := _scaled(node, axis, width)) is not None:
+    if (scaled := _scaled(node, axis, width, extents)) is not None:
         return scaled
     finder = _MAKERS.get((node.domain, node.op_type))
     found = finder(node, axis) if finder is not None else []
     if not found:
-        source = came_from(value, axis, width)
+        source = came_from(value, axis, width, extents)
         found = [source] if source is not None and is_constant(node.inputs[source[0]]) else []
     made = []
     for index, place in found:
@@ -96,7 +100,7 @@ def made_of(value: ir.Value, axis: int, width: int) -> tuple[Made, ...]:
     return tuple(made)
 
 
-def _scaled(node: ir.Node, axis: int, width: int) -> tuple[Made, ...] | None:
+def _scaled(node: ir.Node, axis: int, width: int, extents: Extents) -> tuple[Made, ...] | None:
     """The constants behind a product with a constant vector, if only the product reads them."""
     if node.op_type != "Mul" or node.domain != "":
         return None
@@ -109,10 +113,10 @@ def _scaled(node: ir.Node, axis: int, width: int) -> tuple[Made, ...] | None:
             for product, bias in (add.inputs, add.inputs[::-1]):
                 weight = trace_weight(bias, axis) if is_constant(bias) else None
                 if product is not None and weight is not None and _private(product):
-                    made = made_of(product, axis, width)
+                    made = made_of(product, axis, width, extents)
                     made += (Made(add, list(add.inputs).index(bias), weight),) if made else ()
         elif _private(operand):
-            made = made_of(operand, axis, width)
+            made = made_of(operand, axis, width, extents)
         if made and all(one.scale is None for one in made):
             return tuple(dataclasses.replace(one, scale=scale) for one in made)
     return None

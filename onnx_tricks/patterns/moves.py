@@ -1,60 +1,23 @@
-"""Operators that move rows about, or scale them whole, and leave each row's channels together."""
+"""Operators that move rows about, or scale their channels, and leave each row together."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from types import MappingProxyType
+from collections.abc import Callable
 
 import onnx_ir as ir
 
 from onnx_tricks.graph.constants import evaluate, scalar
 from onnx_tricks.graph.shapes import dim, rank_of, shape_of
-from onnx_tricks.patterns.entries import Known, entry, repeats
-from onnx_tricks.patterns.statistic import is_row_statistic, reduced_axes
+from onnx_tricks.patterns.channels import Channels, Moved, Obstacle
+from onnx_tricks.patterns.entries import entry, repeats
+from onnx_tricks.patterns.extents import Extents
+from onnx_tricks.patterns.reshapes import reshaped
+from onnx_tricks.patterns.shape_rules import axes_of
+from onnx_tricks.patterns.statistic import is_row_statistic
 
-__all__ = ["Channels", "Obstacle", "average", "follow"]
+__all__ = ["follow"]
 
-
-@dataclasses.dataclass(frozen=True)
-class Channels:
-    """The channels that a value holds.
-
-    Attributes:
-        axis: Where they lie, counted from the end.
-        start: First channel (a Split may have cut some off).
-        stop: One past the last channel.
-        scale: The number by which every channel was multiplied on the way.
-        uneven: What keeps rows from being scaled alike, so that a constant added to each channel is
-            no longer the same in every row; empty when nothing does.
-    """
-
-    axis: int
-    start: int
-    stop: int
-    scale: float = 1.0
-    uneven: str = ""
-
-    @property
-    def width(self) -> int:
-        """Number of channels."""
-        return self.stop - self.start
-
-
-@dataclasses.dataclass(frozen=True)
-class Obstacle:
-    """A reader through which channels cannot be followed: the node (if any) and what it does."""
-
-    node: ir.Node | None
-    reason: str
-
-    def __str__(self) -> str:
-        if self.node is None:
-            return self.reason
-        return f"{self.node.op_type} {self.node.name or self.node.outputs[0].name!r} {self.reason}"
-
-
-_Moved = list[tuple[ir.Value, Channels]]
 _QUANTISED = (
     "DynamicQuantizeLinear DynamicQuantizeMatMul GatherBlockQuantized MatMulBnb4 MatMulInteger "
     "MatMulIntegerToFloat MatMulNBits QAttention QLinearMatMul QMoE QOrderedMatMul QuantizeLinear"
@@ -62,16 +25,15 @@ _QUANTISED = (
 
 
 def follow(
-    node: ir.Node, index: int, channels: Channels, known: Known = MappingProxyType({})
-) -> _Moved | Obstacle | None:
+    node: ir.Node, index: int, channels: Channels, extents: Extents
+) -> Moved | Obstacle | None:
     """Follow channels through one reader.
 
     Args:
         node: The reader.
         index: Which of its inputs holds the channels.
         channels: Where they lie in it.
-        known: Lengths of axes that shape inference may not know: where channels lie in values
-            that the reader may take its shape from.
+        extents: The lengths of axes, which it may take its shape from.
 
     Returns:
         The outputs that hold them now; an obstacle; or None when the node moves nothing and has to
@@ -83,70 +45,37 @@ def follow(
             "multiplies it with quantised weights, whose scales do not run along the input axis: "
             "optimise the model before quantising it",
         )
-    if node.domain != "" or node.op_type not in _MOVERS.keys() | _MEASURING.keys():
+    if node.domain != "" or node.op_type not in _MOVERS:
         return None
     if index != 0 and node.op_type not in ("Mul", "Where"):
         return Obstacle(node, "uses it as more than data")
-    if node.op_type in _MOVERS:
-        return _MOVERS[node.op_type](node, index, channels)
-    data = node.inputs[index]
-    assert data is not None
-    return _MEASURING[node.op_type](
-        node, channels, {**known, (data, channels.axis): channels.width}
-    )
+    if channels.inner is not None and node.op_type not in _REARRANGING:
+        return Obstacle(node, "reads rows and channels that lie on one axis")
+    return _MOVERS[node.op_type](node, index, channels, extents)
 
 
-def average(node: ir.Node, channels: Channels) -> _Moved | None:
-    """Follow channels through a mean over rows: what is done alike to all rows is done to it.
-
-    Args:
-        node: The reader.
-        channels: Where the channels lie in its first input.
-
-    Returns:
-        The mean; None where the node is anything else, or averages channels.
-    """
-    source, output = node.inputs[0], node.outputs[0]
-    if node.domain != "" or node.op_type not in ("GlobalAveragePool", "ReduceMean"):
-        return None
-    rank = rank_of(source) if source is not None else None
-    if node.op_type == "GlobalAveragePool":
-        return [(output, channels)] if rank is not None and channels.axis == 1 - rank else None
-    axes = reduced_axes(source, _axes(node, 1)) if source is not None else None
-    if not axes or channels.axis in axes:
-        return None
-    gone = 0 if node.attributes.get_int("keepdims", 1) else sum(a > channels.axis for a in axes)
-    return [(output, dataclasses.replace(channels, axis=channels.axis + gone))]
-
-
-def _same(node: ir.Node, _: int, channels: Channels) -> _Moved | Obstacle:
+def _same(node: ir.Node, _: int, channels: Channels, __: Extents) -> Moved | Obstacle:
     return [(node.outputs[0], channels)]
 
 
-def _cast(node: ir.Node, index: int, channels: Channels) -> _Moved | Obstacle:
+def _cast(node: ir.Node, index: int, channels: Channels, extents: Extents) -> Moved | Obstacle:
     if not ir.DataType(node.attributes["to"].as_int()).is_floating_point():
         return Obstacle(node, "rounds it to whole numbers")
-    return _same(node, index, channels)
+    return _same(node, index, channels, extents)
 
 
-def _dropout(node: ir.Node, index: int, channels: Channels) -> _Moved | Obstacle:
+def _dropout(node: ir.Node, index: int, channels: Channels, extents: Extents) -> Moved | Obstacle:
     training = node.inputs[2] if len(node.inputs) > 2 else None
     if training is not None and evaluate(training) is None:
         return Obstacle(node, "may be in training mode")
-    return _same(node, index, channels)
+    return _same(node, index, channels, extents)
 
 
-def _reshape(node: ir.Node, channels: Channels, known: Known) -> _Moved | Obstacle:
-    output = node.outputs[0]
-    length = dim(output, -1)
-    if length is None and node.op_type == "Reshape":
-        length = entry(node.inputs[1], -1, known)
-    if channels.axis != -1 or length != channels.width:
-        return Obstacle(node, "does not keep its channels on one axis, or not visibly so")
-    return [(output, channels)]
+def _reshape(node: ir.Node, _: int, channels: Channels, extents: Extents) -> Moved | Obstacle:
+    return reshaped(node, channels, extents)
 
 
-def _transpose(node: ir.Node, _: int, channels: Channels) -> _Moved | Obstacle:
+def _transpose(node: ir.Node, _: int, channels: Channels, __: Extents) -> Moved | Obstacle:
     perm = node.attributes.get_ints("perm")
     rank = len(perm) if perm is not None else rank_of(node.outputs[0])
     if rank is None:
@@ -156,16 +85,9 @@ def _transpose(node: ir.Node, _: int, channels: Channels) -> _Moved | Obstacle:
     return [(node.outputs[0], dataclasses.replace(channels, axis=axis))]
 
 
-def _axes(node: ir.Node, position: int) -> Sequence[int] | None:
-    if "axes" in node.attributes:
-        return node.attributes["axes"].as_ints()
-    array = evaluate(node.inputs[position]) if len(node.inputs) > position else None
-    return None if array is None else [int(axis) for axis in array.reshape(-1)]
-
-
-def _squeeze(node: ir.Node, _: int, channels: Channels) -> _Moved | Obstacle:
+def _squeeze(node: ir.Node, _: int, channels: Channels, __: Extents) -> Moved | Obstacle:
     source, output = node.inputs[0], node.outputs[0]
-    axes = _axes(node, 1)
+    axes = axes_of(node, 1)
     before = rank_of(source) if source is not None else None
     if axes is None or before is None:
         return Obstacle(node, "changes its axes in a way that cannot be told")
@@ -182,7 +104,7 @@ def _squeeze(node: ir.Node, _: int, channels: Channels) -> _Moved | Obstacle:
     return [(output, dataclasses.replace(channels, axis=position - after))]
 
 
-def _split(node: ir.Node, _: int, channels: Channels) -> _Moved | Obstacle:
+def _split(node: ir.Node, _: int, channels: Channels, extents: Extents) -> Moved | Obstacle:
     source = node.inputs[0]
     along = _along(node.attributes.get_int("axis", 0), source, channels)
     if along is None:
@@ -192,35 +114,41 @@ def _split(node: ir.Node, _: int, channels: Channels) -> _Moved | Obstacle:
     if "split" in node.attributes:
         sizes = list(node.attributes["split"].as_ints())
     elif len(node.inputs) > 1 and node.inputs[1] is not None:
-        array = evaluate(node.inputs[1])
-        sizes = [] if array is None else [int(size) for size in array]
+        sizes = extents.integers(node.inputs[1]) or []
     else:
         part = -(-channels.width // len(node.outputs))
         sizes = [part] * (len(node.outputs) - 1)
         sizes.append(channels.width - sum(sizes))
     if sum(sizes) != channels.width or len(sizes) != len(node.outputs):
         return Obstacle(node, "splits its channels in a way that cannot be told")
-    moved, start = [], channels.start
+    moved, start = [], 0
     for output, size in zip(node.outputs, sizes, strict=True):
-        moved.append((output, dataclasses.replace(channels, start=start, stop=start + size)))
+        pieces = channels.cut(slice(start, start + size))
+        moved.append((output, dataclasses.replace(channels, pieces=pieces)))
         start += size
     return moved
 
 
-def _slice(node: ir.Node, _: int, channels: Channels) -> _Moved | Obstacle:
-    axes = _axes(node, 3)
+def _slice(node: ir.Node, _: int, channels: Channels, extents: Extents) -> Moved | Obstacle:
+    axes = axes_of(node, 3)
     if axes is None:
-        starts = evaluate(node.inputs[1]) if len(node.inputs) > 1 else None
-        axes = None if starts is None else range(starts.size)
-    flags = (
-        [_along(axis, node.inputs[0], channels) for axis in axes] if axes is not None else [None]
-    )
-    if any(flag is None or flag for flag in flags):
-        return Obstacle(node, "cuts it in a way that cannot be told, or through its channels")
-    return [(node.outputs[0], channels)]
+        starts = extents.integers(node.inputs[1]) if len(node.inputs) > 1 else None
+        axes = None if starts is None else list(range(len(starts)))
+    flags = [_along(axis, node.inputs[0], channels) for axis in axes] if axes is not None else []
+    if axes is None or None in flags:
+        return Obstacle(node, "cuts it in a way that cannot be told")
+    if True not in flags:
+        return [(node.outputs[0], channels)]
+    ends = [extents.integers(one) for one in (*node.inputs[1:3], *node.inputs[4:])]
+    place = flags.index(True)
+    cut = [one[place] for one in ends if one is not None]
+    if len(cut) < max(len(ends), 2) or any(step < 1 for step in cut[2:]) or channels.assumed:
+        return Obstacle(node, "cuts through its channels in a way that cannot be told")
+    pieces = channels.cut(slice(*cut))
+    return [(node.outputs[0], dataclasses.replace(channels, pieces=pieces))]
 
 
-def _gather(node: ir.Node, _: int, channels: Channels) -> _Moved | Obstacle:
+def _gather(node: ir.Node, _: int, channels: Channels, __: Extents) -> Moved | Obstacle:
     source, index = node.inputs[0], node.inputs[1]
     axis = node.attributes.get_int("axis", 0)
     along = _along(axis, source, channels)
@@ -236,7 +164,7 @@ def _gather(node: ir.Node, _: int, channels: Channels) -> _Moved | Obstacle:
     return [(node.outputs[0], dataclasses.replace(channels, axis=channels.axis - added + 1))]
 
 
-def _gather_nd(node: ir.Node, _: int, channels: Channels) -> _Moved | Obstacle:
+def _gather_nd(node: ir.Node, _: int, channels: Channels, __: Extents) -> Moved | Obstacle:
     source, index = node.inputs[0], node.inputs[1]
     rank = rank_of(source) if source is not None else None
     depth = dim(index, -1) if index is not None else None
@@ -247,28 +175,30 @@ def _gather_nd(node: ir.Node, _: int, channels: Channels) -> _Moved | Obstacle:
     return [(node.outputs[0], channels)]
 
 
-def _gather_elements(node: ir.Node, channels: Channels, known: Known) -> _Moved | Obstacle:
+def _gather_elements(
+    node: ir.Node, _: int, channels: Channels, extents: Extents
+) -> Moved | Obstacle:
     # Whole rows, if the index says the same for all channels of a row.
     along = _along(node.attributes.get_int("axis", 0), node.inputs[0], channels)
-    repeated = repeats(node.inputs[1], channels.axis, known)
+    repeated = repeats(node.inputs[1], channels.axis, extents)
     if along is not False or repeated != channels.width:
         return Obstacle(node, "picks single channels, or may do so")
     return [(node.outputs[0], channels)]
 
 
-def _tile(node: ir.Node, channels: Channels, known: Known) -> _Moved | Obstacle:
-    if entry(node.inputs[1], channels.axis, known) != 1:
+def _tile(node: ir.Node, _: int, channels: Channels, extents: Extents) -> Moved | Obstacle:
+    if entry(node.inputs[1], channels.axis, extents) != 1:
         return Obstacle(node, "may repeat its channels")
     return [(node.outputs[0], channels)]
 
 
-def _expand(node: ir.Node, index: int, channels: Channels) -> _Moved | Obstacle:
+def _expand(node: ir.Node, index: int, channels: Channels, extents: Extents) -> Moved | Obstacle:
     if channels.width == 1:
         return Obstacle(node, "may repeat its only channel")
-    return _same(node, index, channels)
+    return _same(node, index, channels, extents)
 
 
-def _pad(node: ir.Node, _: int, channels: Channels) -> _Moved | Obstacle:
+def _pad(node: ir.Node, _: int, channels: Channels, extents: Extents) -> Moved | Obstacle:
     source = node.inputs[0]
     rank = rank_of(source) if source is not None else None
     fill = scalar(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else 0.0
@@ -281,13 +211,13 @@ def _pad(node: ir.Node, _: int, channels: Channels) -> _Moved | Obstacle:
         pads = node.attributes.get_ints("pads") or ()
         added: list[int | None] = [pads[place] for place in places]
     else:
-        added = [entry(node.inputs[1], place, {}) for place in places]
+        added = [entry(node.inputs[1], place, extents) for place in places]
     if any(one != 0 for one in added):
         return Obstacle(node, "adds channels, or may do so")
     return [(node.outputs[0], dataclasses.replace(channels, uneven="Pad adds rows of zeros"))]
 
 
-def _multiply(node: ir.Node, index: int, channels: Channels) -> _Moved | Obstacle | None:
+def _multiply(node: ir.Node, index: int, channels: Channels, _: Extents) -> Moved | Obstacle:
     other = node.inputs[1 - index]
     if other is None or other is node.inputs[index]:
         return Obstacle(node, "is not linear in it")
@@ -301,11 +231,11 @@ def _multiply(node: ir.Node, index: int, channels: Channels) -> _Moved | Obstacl
     return Obstacle(node, "multiplies it with something that is not a constant weight")
 
 
-def _negate(node: ir.Node, _: int, channels: Channels) -> _Moved | Obstacle:
+def _negate(node: ir.Node, _: int, channels: Channels, __: Extents) -> Moved | Obstacle:
     return [(node.outputs[0], dataclasses.replace(channels, scale=-channels.scale))]
 
 
-def _where(node: ir.Node, index: int, channels: Channels) -> _Moved | Obstacle:
+def _where(node: ir.Node, index: int, channels: Channels, _: Extents) -> Moved | Obstacle:
     condition, other = node.inputs[0], node.inputs[3 - index] if index in (1, 2) else None
     if index == 0 or condition is None or scalar(other) != 0.0:
         return Obstacle(node, "is not linear in it")
@@ -322,27 +252,26 @@ def _along(axis: int, source: ir.Value | None, channels: Channels) -> bool | Non
     return None if rank is None else axis - rank == channels.axis
 
 
-_MOVERS: dict[str, Callable[[ir.Node, int, Channels], _Moved | Obstacle | None]] = {
+_REARRANGING = frozenset(("Cast", "Flatten", "Identity", "Reshape", "Transpose"))
+_MOVERS: dict[str, Callable[[ir.Node, int, Channels, Extents], Moved | Obstacle]] = {
     "Cast": _cast,
     "Div": _multiply,
     "Dropout": _dropout,
     "Expand": _expand,
+    "Flatten": _reshape,
     "Gather": _gather,
+    "GatherElements": _gather_elements,
     "GatherND": _gather_nd,
     "Identity": _same,
     "Mul": _multiply,
     "Neg": _negate,
     "Pad": _pad,
+    "Reshape": _reshape,
     "Slice": _slice,
     "Split": _split,
     "Squeeze": _squeeze,
+    "Tile": _tile,
     "Transpose": _transpose,
     "Unsqueeze": _squeeze,
     "Where": _where,
-}
-_MEASURING: dict[str, Callable[[ir.Node, Channels, Known], _Moved | Obstacle]] = {
-    "Flatten": _reshape,
-    "GatherElements": _gather_elements,
-    "Reshape": _reshape,
-    "Tile": _tile,
 }

@@ -9,13 +9,13 @@ import onnx_ir as ir
 
 from onnx_tricks.graph.constants import evaluate
 
-__all__ = ["output_shapes"]
+__all__ = ["BROADCAST", "LIKE_FIRST", "REDUCTIONS", "output_shapes"]
 
 Shape = tuple[int, ...]
 _Shapes = Sequence[Shape | None]
 _MICROSOFT = "com.microsoft"
 
-_LIKE_FIRST = frozenset(
+LIKE_FIRST = frozenset(
     "Abs BiasGelu Cast Ceil Celu Clip Cos CumSum Dropout Elu Erf Exp FastGelu Floor Gelu "
     "HardSigmoid HardSwish Identity IsInf IsNaN LayerNormalization LeakyRelu Log LogSoftmax "
     "LpNormalization Mish Neg Not QuickGelu RMSNormalization Reciprocal Relu RotaryEmbedding "
@@ -23,11 +23,11 @@ _LIKE_FIRST = frozenset(
     "SkipLayerNormalization SkipSimplifiedLayerNormalization Softmax Softplus Sqrt Swish Tanh "
     "Trilu".split()
 )
-_BROADCAST = frozenset(
+BROADCAST = frozenset(
     "Add And BiasSoftmax Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul Or "
     "PRelu Pow Sub Sum Where Xor".split()
 )
-_REDUCTIONS = frozenset(
+REDUCTIONS = frozenset(
     "ReduceL1 ReduceL2 ReduceLogSumExp ReduceMean ReduceMin ReduceSum ReduceSumSquare".split()
 )
 
@@ -40,7 +40,7 @@ def output_shapes(node: ir.Node, shapes: _Shapes) -> list[Shape] | None:
         shapes: By input its shape; None where it is absent or unknown.
     """
     first = shapes[0] if shapes else None
-    if node.op_type in _LIKE_FIRST:
+    if node.op_type in LIKE_FIRST:
         # The operators that add a residual give the sum as their fourth output.
         return None if first is None else [first] * len(node.outputs)
     present = [shape for v, shape in zip(node.inputs, shapes, strict=True) if v is not None]
@@ -48,9 +48,9 @@ def output_shapes(node: ir.Node, shapes: _Shapes) -> list[Shape] | None:
         return None
     rule = _RULES.get((node.domain, node.op_type))
     try:
-        if node.op_type in _BROADCAST:
+        if node.op_type in BROADCAST:
             return [np.broadcast_shapes(*(shape for shape in present if shape is not None))]
-        if node.op_type in _REDUCTIONS:
+        if node.op_type in REDUCTIONS:
             return _reduced(node, shapes)
         return None if rule is None else rule(node, shapes)
     except (ValueError, IndexError, KeyError):

@@ -13,8 +13,10 @@ import onnx_ir as ir
 
 from onnx_tricks.graph.constants import is_constant
 from onnx_tricks.graph.shapes import rank_of
+from onnx_tricks.patterns.channels import Channels, Obstacle
+from onnx_tricks.patterns.extents import Extents
 from onnx_tricks.patterns.maker import Made, came_from, made_of
-from onnx_tricks.patterns.moves import Channels, Obstacle, follow
+from onnx_tricks.patterns.moves import follow
 from onnx_tricks.patterns.weight import trace_weight
 
 __all__ = ["Stream", "Term", "Use", "find_stream"]
@@ -74,8 +76,9 @@ def find_stream(value: ir.Value, axis: int, width: int, ends: _Ends) -> Stream:
         ends: Whether a use is a reader to look no further behind, as a norm is.
     """
     apart: set[ir.Value] = set()
+    extents = Extents()
     while True:
-        search = _Search(width, ends, apart)
+        search = _Search(width, ends, apart, extents)
         search.enter(value, axis)
         search.run()
         # What something else reads too must keep its value: only its use in the sum may change.
@@ -86,10 +89,9 @@ def find_stream(value: ir.Value, axis: int, width: int, ends: _Ends) -> Stream:
 
 
 class _Search:
-    def __init__(self, width: int, ends: _Ends, apart: set[ir.Value]) -> None:
-        self.width, self.ends, self.apart = width, ends, apart
+    def __init__(self, width: int, ends: _Ends, apart: set[ir.Value], extents: Extents) -> None:
+        self.width, self.ends, self.apart, self.extents = width, ends, apart, extents
         self.stages: dict[ir.Value, int] = {}
-        self.lengths: dict[tuple[ir.Value, int], int] = {}
         self.pending: list[ir.Value] = []
         self.begins: dict[ir.Value, tuple[Made, ...]] = {}
         self.entries: dict[tuple[ir.Value, int], dict[Use, tuple[Made, ...]]] = {}
@@ -101,7 +103,7 @@ class _Search:
     def enter(self, value: ir.Value, axis: int) -> None:
         if value not in self.stages:
             self.stages[value] = axis
-            self.lengths[value, axis] = self.width
+            self.extents.learn(value, axis, self.width)
             self.pending.append(value)
 
     def run(self) -> None:
@@ -127,10 +129,10 @@ class _Search:
         if node is not None and summed and summed[0] is value:
             self._add(_terms(node), axis)
             return
-        source = came_from(value, axis, self.width)
+        source = came_from(value, axis, self.width, self.extents)
         operand = node.inputs[source[0]] if node is not None and source is not None else None
         if source is None or operand is None or is_constant(operand) or operand in self.apart:
-            self.begins[value] = made_of(value, axis, self.width)
+            self.begins[value] = made_of(value, axis, self.width, self.extents)
         else:
             self.moved_from[value] = operand
             self.enter(operand, source[1])
@@ -170,13 +172,13 @@ class _Search:
 
     def _move(self, use: Use, value: ir.Value, axis: int) -> None:
         node, index = use
-        moved = follow(node, index, Channels(axis, 0, self.width), self.lengths)
+        moved = follow(node, index, Channels.all(axis, self.width), self.extents)
         if isinstance(moved, Obstacle):
             self._stop(value, moved)
         elif moved is None:
             self.readers.append(use)
             self._leak(value)
-        elif any(channels.width != self.width for _, channels in moved):
+        elif not all(channels.is_row(self.width) for _, channels in moved):
             self._stop(value, Obstacle(node, "takes its channels apart"))
         else:
             for output, channels in moved:

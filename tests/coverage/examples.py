@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 
 from onnx_tricks.runtime import Decoder
@@ -54,8 +55,9 @@ def examples(model: Any, task: str, exporter: str, folder: Path) -> Iterator[Cal
         exporter: What exported it.
         folder: The export.
     """
-    names = [node.name for node in _session(next(folder.glob("*.onnx"))).get_inputs()]
-    if (folder / "encoder_model.onnx").exists() and task.endswith("-with-past"):
+    file = onnx.load(next(folder.glob("*.onnx")), load_external_data=False)
+    names = [node.name for node in file.graph.input]
+    if (folder / "encoder_model.onnx").exists() and model.can_generate():
         for steps in (_STEPS, _PROMPT):
             yield partial(_two_sides, model, task, folder, steps)
     elif any(name.startswith("past_key_values") for name in names):
@@ -80,34 +82,41 @@ def _text(model: Any, names: list[str], rows: int, padding: int, steps: tuple[in
         inputs["position_ids"] = np.maximum(mask.cumsum(axis=1) - 1, 0)
     right, norms = _expected(model, inputs)
 
+    def seen(logits: np.ndarray) -> Arrays:  # of each token, or of all at once
+        return {"logits": logits[mask > 0] if logits.ndim > 2 else logits}
+
     def run(folder: Path) -> Arrays:
-        return {"logits": _decoded(folder, ids, mask, steps)[mask > 0]}
+        return seen(_decoded(folder, ids, mask, steps))
 
     name = f"{rows} rows{', padded' if padding else ''}, {'+'.join(map(str, steps))} tokens"
-    return Example(name, {"logits": right["logits"][mask > 0]}, norms, run)
+    return Example(name, seen(right["logits"]), norms, run)
 
 
 def _two_sides(model: Any, task: str, folder: Path, steps: tuple[int, ...]) -> Example:
     """An encoder and a decoder that attends to it."""
     encoder = _session(folder / "encoder_model.onnx")
-    given = parts(model, task)["encoder_model"].inputs()
-    given = {node.name: given[node.name] for node in encoder.get_inputs()}
-    rows = len(next(iter(given.values())))
+    part = parts(model, task)["encoder_model"]
+    given = part.feeds(part.inputs(), [node.name for node in encoder.get_inputs()])
+    rows, mask = len(next(iter(given.values()))), given.get("attention_mask")
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = np.random.default_rng(0).integers(3, vocabulary, (rows, _TOKENS))
     right, norms = _expected(model, {**given, "decoder_input_ids": ids})
+
+    def seen(states: np.ndarray) -> np.ndarray:  # states of padding are read by nobody
+        by_token = mask is not None and mask.shape == states.shape[:2]
+        return states[mask > 0] if by_token else states
+
     wanted = {"logits": right["logits"]}
     if "encoder_last_hidden_state" in right:
-        wanted["last_hidden_state"] = right["encoder_last_hidden_state"]
+        wanted["last_hidden_state"] = seen(right["encoder_last_hidden_state"])
 
     def run(folder: Path) -> Arrays:
         (states,) = _run(folder / "encoder_model.onnx", given, ["last_hidden_state"]).values()
         others = {"encoder_hidden_states": states}
-        mask = given.get("attention_mask")
         if mask is not None and "encoder_attention_mask" in _decoder_inputs(folder):
             others["encoder_attention_mask"] = mask
         logits = _decoded(folder, ids, None, steps, **others)
-        return {"logits": logits, "last_hidden_state": states}
+        return {"logits": logits, "last_hidden_state": seen(states)}
 
     return Example(f"{rows} rows, {'+'.join(map(str, steps))} tokens", wanted, norms, run)
 
@@ -123,15 +132,19 @@ def _single(model: Any, task: str, exporter: str, folder: Path) -> Example:
     right: dict[str, np.ndarray] = {}
     norms = 0
     for file in sorted(folder.glob("*.onnx")):
-        part, names = made[file.stem], [node.name for node in _session(file).get_inputs()]
-        by_dynamo = exporter.startswith("dynamo")
-        compute = partial(_expected, model) if by_dynamo else part.compute
+        part = made.get(file.stem) or next(iter(made.values()))
+        shapes = {node.name: node.shape for node in _session(file).get_inputs()}
         runs: list[Arrays] = []
         inputs[file.stem] = []
         while not runs or len(runs) * min(one.size for one in runs[0].values()) < _MANY:
-            some = part.inputs(seed=len(runs))
-            inputs[file.stem].append({name: some[name] for name in names})
-            outputs, count = compute(inputs[file.stem][-1])
+            given = part.inputs(seed=len(runs))
+            feeds = part.feeds(given, list(shapes))
+            if exporter.startswith("dynamo"):
+                feeds = {name: _cut(one, shapes[name]) for name, one in feeds.items()}
+                outputs, count = _expected(model, feeds)
+            else:
+                outputs, count = part.compute(given)
+            inputs[file.stem].append(feeds)
             runs.append(outputs)
         norms += count
         right |= {f"{file.stem}.{name}": one for name, one in _joined(runs).items()}
@@ -144,6 +157,11 @@ def _single(model: Any, task: str, exporter: str, folder: Path) -> Example:
         }
 
     return Example("2 rows", right, norms, run)
+
+
+def _cut(one: np.ndarray, shape: Sequence[Any]) -> np.ndarray:
+    """As much of an input as a file takes that fixes the size of images."""
+    return one[tuple(slice(size if isinstance(size, int) else None) for size in shape)]
 
 
 def _joined(runs: list[Arrays]) -> Arrays:

@@ -46,8 +46,32 @@ PRINCIPLES = (
     ),
     _fold(
         "multiplies it with something that is not a constant weight",
-        "The norm's output is multiplied by another value of the input: queries or keys that are "
-        "normalised before they are rotated or meet each other, or a gate.",
+        "The norm is one of queries or keys: its gain acts between two values of the input, and "
+        "neither side of their product is a weight.",
+    ),
+    _fold(
+        "adds its channels to one another, as rotary positions do",
+        "The norm is one of queries or keys, which are rotated: each channel is added to another "
+        "with another gain, by an angle that depends on the position.",
+    ),
+    _fold(
+        "takes it as queries, keys or values",
+        "The norm is one of queries or keys, which one operator rotates and multiplies.",
+    ),
+    _fold(
+        "multiplies all heads of it with one weight",
+        "The norm's output is cut into heads that share a weight, while its gain differs from head "
+        "to head.",
+    ),
+    _fold(
+        r"Gather '.*' reads rows and channels that lie on one axis",
+        "An index computed at run time picks single numbers of all rows and channels "
+        "(`as_strided`): nothing says which channel each of them is.",
+    ),
+    _fold(
+        "joins it with rows that are not scaled alike",
+        "Rows without this gain (a class token, a head with a norm of its own) join it before they "
+        "are read: one weight multiplies them all.",
     ),
     _fold(
         "is an output of the graph",
@@ -56,10 +80,6 @@ PRINCIPLES = (
     _fold(
         "is not linear in it",
         "A nonlinear operator reads the norm's output, another norm for example.",
-    ),
-    _fold(
-        "multiplies along another axis",
-        "The linear layer behind the norm mixes rows (tokens, patches), not channels.",
     ),
     _fold(
         "normalises more than the last axis",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,18 +90,28 @@ class Part:
     def __init__(self, module: Any, config: Any) -> None:
         self.module, self._config = module, config
 
-    def inputs(self, seed: int = 0) -> dict[str, np.ndarray]:
-        """Inputs as Optimum makes them up for the export, two rows."""
+    def inputs(self, seed: int = 0) -> dict[str, Any]:
+        """What Optimum makes up for the export, two rows: tensors, and tuples of them."""
         random.seed(seed)
         torch.manual_seed(seed)
         with preprocessors(self.module):
             made = self._config.generate_dummy_inputs(framework="pt", **DEFAULT_DUMMY_SHAPES)
-        return {name: one.numpy() for name, one in made.items() if isinstance(one, torch.Tensor)}
+        return dict(made)
 
-    def compute(self, inputs: Arrays) -> tuple[Arrays, int]:
+    def feeds(self, inputs: Mapping[str, Any], names: Sequence[str]) -> dict[str, np.ndarray]:
+        """The same for the file, by the names that it has for them."""
+        found = self._config.generate_dummy_inputs_for_validation(dict(inputs), list(names))
+        for name, one in list(found.items()):
+            if isinstance(one, (list, tuple)):
+                found |= self._config.flatten_output_collection_property(name, one)
+        return {name: found[name].numpy() for name in names}
+
+    def compute(self, inputs: Mapping[str, Any]) -> tuple[Arrays, int]:
         """What `compute` says of the part, in the form in which it is exported."""
+        given = {name: _doubled(one) for name, one in inputs.items()}
+        given = self._config.rename_ambiguous_inputs(given)
         with self._config.patch_model_for_export(self.module):
-            return compute(self.module, lambda: self.module(**tensors(inputs)))
+            return compute(self.module, lambda: self.module(**given))
 
 
 def parts(model: PreTrainedModel, task: str) -> dict[str, Part]:
@@ -118,5 +128,11 @@ def parts(model: PreTrainedModel, task: str) -> dict[str, Part]:
 
 def tensors(inputs: Arrays) -> dict[str, torch.Tensor]:
     """Inputs for a model in float64."""
-    given = {name: torch.from_numpy(one) for name, one in inputs.items()}
-    return {n: one.double() if one.is_floating_point() else one for n, one in given.items()}
+    return {name: _doubled(torch.from_numpy(one)) for name, one in inputs.items()}
+
+
+def _doubled(given: Any) -> Any:
+    if isinstance(given, (list, tuple)):
+        return type(given)(map(_doubled, given))
+    is_float = isinstance(given, torch.Tensor) and given.is_floating_point()
+    return given.double() if is_float else given

@@ -36,3 +36,9 @@ def test_the_same_seed_gives_the_same_weights() -> None:
     ids = torch.arange(3, 13).reshape(2, 5)
     assert torch.equal(first(ids).logits, second(ids).logits)
     assert not torch.allclose(first(ids).logits, other(ids).logits)
+
+
+def test_the_seed_settles_random_values_that_are_no_weights() -> None:
+    first, second = (dict(tiny("sam").named_buffers()) for _ in range(2))
+    assert first
+    assert all(torch.equal(one, second[name]) for name, one in first.items())

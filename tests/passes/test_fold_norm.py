@@ -69,6 +69,9 @@ OTHER = {
     "a = Add(r, eps) n = Div(x, a) z = Mul(n, g)",
     "gain behind an operator": "n = LayerNormalization(x, ones) k = Mul(n, g) z = Add(k, beta)",
 }
+SIDES = (
+    "sx = Shape(x) n0 = Gather(sx, axis0) n1 = Gather(sx, axis1) n2 = Slice(sx, pair, far, axis0) "
+)
 READERS = {
     "MatMul": "y = MatMul(z, w)",
     "MatMul and bias": "q = MatMul(z, w) y = Add(c, q)",
@@ -103,6 +106,21 @@ READERS = {
     "mean of rows": "k = ReduceMean<keepdims=0>(z, axis1) q = MatMul(k, w) y = Unsqueeze(q, axis1)",
     "mean of rows in a pool": "t = Transpose<perm=[0,2,1]>(z) k = GlobalAveragePool(t) "
     "y = Conv(k, w_conv, c)",
+    "mean of rows in a pool, flat": "t = Transpose<perm=[0,2,1]>(z) v = GlobalAveragePool(t) "
+    "k = Flatten(v) y = MatMul(k, w)",
+    "a row beside the mean of all": "u = Gather<axis=1>(z, index) "
+    "v = ReduceMean<keepdims=0>(z, axis1) k = Concat<axis=-1>(u, v) y = MatMul(k, w_twice)",
+    "halves changed over": "u = Slice(z, axis0, half_width, last) "
+    "v = Slice(z, half_width, far, last) k = Concat<axis=-1>(v, u) y = MatMul(k, w)",
+    "map": SIDES + "t = Transpose<perm=[0,2,1]>(z) to = Concat<axis=0>(n0, n2, n1, axis1) "
+    "k = Reshape(t, to) y = Conv(k, w_map3)",
+    "map of a batch worked out": SIDES + "t = Transpose<perm=[0,2,1]>(z) "
+    "to = Concat<axis=0>(last, n2, n1, axis1) k = Reshape(t, to) y = Conv(k, w_map, c)",
+    "map of channels worked out": SIDES + "to = Concat<axis=0>(n0, n1, axis1, last) "
+    "t = Reshape(z, to) k = Transpose<perm=[0,3,1,2]>(t) y = Conv(k, w_map, c)",
+    "map taken apart": SIDES + "t = Transpose<perm=[0,2,1]>(z) n02 = Mul(n0, n2) "
+    "to = Concat<axis=0>(n02, n1) u = Reshape(t, to) k = Transpose<perm=[1,0]>(u) "
+    "back = Concat<axis=0>(n1, n0, last) v = Reshape(k, back) y = MatMul(v, w)",
     "picked by a tiled index": "i = ArgMax<axis=1>(x) i1 = Slice(i, axis0, axis1, last) "
     "s1 = Shape(z) n1 = Slice(s1, last, far, axis0) r1 = Concat<axis=0>(axis1, axis1, n1) "
     "i2 = Tile(i1, r1) q = GatherElements<axis=1>(z, i2) y = MatMul(q, w)",
@@ -253,6 +271,21 @@ def test_bfloat16_weights_are_folded_and_rounded_once() -> None:
     exact = arrays["g"].astype(np.float64)[:, None] * arrays["w"].astype(np.float64)
     expected = exact.astype(toys.TYPES["bfloat16"])
     np.testing.assert_array_equal(ir.serde.deserialize_tensor(folded).numpy(), expected)
+
+
+@pytest.mark.parametrize("norm", ["LayerNormalization", "SimplifiedLayerNormalization"])
+def test_a_norm_of_heads_folds_into_the_layer_that_reads_all_of_them(norm: str) -> None:
+    gains = {"g_head": toys.weights(4)["g"][: toys.D // 4].astype(np.float32)}
+    body = (
+        f"h = Reshape(x, heads) z = {norm}(h, g_head) t = Transpose<perm=[0,2,1,3]>(z) "
+        "u = Transpose<perm=[0,2,1,3]>(t) k = Reshape(u, all_heads) y = MatMul(k, w)"
+    )
+    before = toys.model(body, extra=gains)
+    after, result = fold(before)
+    assert result.count == 1
+    assert "g_head" not in {one.name for one in after.graph.initializer}
+    inputs = toys.feeds(before)
+    assert toys.error(toys.run(after, inputs)[0], toys.run(before, inputs)[0]) < 1e-6
 
 
 def test_channels_first_norm_folds_into_a_convolution() -> None:
@@ -420,7 +453,31 @@ REFUSALS = {
         "z = LayerNormalization(x, zeros, beta) k = Mul(z, x_row) y = MatMul(k, w)",
         "not the same in every row, and it cannot stay behind a gain with zeros",
     ),
-    "heads": (LN + "k = Reshape(z, heads) y = MatMul(k, w_head)", "does not keep its channels"),
+    "heads": (
+        LN + "k = Reshape(z, heads) y = MatMul(k, w_head)",
+        "all heads of it with one weight",
+    ),
+    "positions among channels": (
+        LN + "t = Transpose<perm=[0,2,1]>(z) k = Reshape(t, mixed) y = Conv(k, w_map)",
+        "does not keep its channels",
+    ),
+    "channels among positions": (
+        LN + "t = Transpose<perm=[0,2,1]>(z) q = Reshape(t, flat) y = MatMul(q, w)",
+        "does not keep its channels",
+    ),
+    "rotated": (
+        LN + "u = Slice(z, axis0, half_width, last) v = Slice(z, half_width, far, last) n = Neg(v) "
+        "k = Concat<axis=-1>(n, u) q = Mul(z, x1) r = Mul(k, x1) s = Add(q, r) y = MatMul(s, w)",
+        "as rotary positions do",
+    ),
+    "with itself": (
+        LN + "t = Transpose<perm=[0,2,1]>(z) k = MatMul(t, z) y = MatMul(k, w)",
+        "is not linear in it",
+    ),
+    "attention": (
+        LN + "y = com.microsoft.MultiHeadAttention<num_heads=4>(z, x, x)",
+        "as queries, keys or values",
+    ),
     "joined": (LN + "k = Concat<axis=1>(z, x) y = MatMul(k, w)", "not scaled alike"),
     "joined channels": (LN + "k = Concat<axis=-1>(z, x) y = MatMul(k, w_double)", "other channels"),
     "Gemm as bias": (
@@ -450,6 +507,18 @@ KEPT = {
     "windows = Reshape(rows, to) y = MatMul(windows, w)",
     "masked": "top = ReduceMax<keepdims=1>(x, last) mask = Sigmoid(top) rows = Mul(z, mask) "
     "y = MatMul(rows, w)",
+    "padded map": SIDES + "t = Transpose<perm=[0,2,1]>(z) to = Concat<axis=0>(n0, n2, n1, axis1) "
+    "v = Reshape(t, to) y = Conv<pads=[1,0,1,0]>(v, w_map3, c)",
+    "padded map, each channel": SIDES + "t = Transpose<perm=[0,2,1]>(z) "
+    "to = Concat<axis=0>(n0, n2, n1, axis1) v = Reshape(t, to) "
+    "y = Conv<pads=[1,0,1,0], group=16>(v, w_each)",
+    "rows mixed": "t = Transpose<perm=[0,2,1]>(x) u = MatMul(x, t) v = Softmax<axis=-1>(u) "
+    "rows = MatMul(v, z) y = MatMul(rows, w)",
+    "rows mixed in an Einsum": "t = Transpose<perm=[0,2,1]>(x) u = MatMul(x, t) "
+    'rows = Einsum<equation="...nd,...ng->...gd">(z, u) y = MatMul(rows, w)',
+    "gated": "top = Sigmoid(x) rows = Mul(z, top) y = MatMul(rows, w)",
+    "rows added up": "u = Gather<axis=1>(z, picks) v = ReduceMean<keepdims=1>(z, axis1) "
+    "rows = Add(u, v) y = MatMul(rows, w)",
     "Einsum": 'y = Einsum<equation="bsd,df->bsf">(z, w)',
     "a wide head without bias": "y = MatMul(z, w_packed)",
 }

@@ -124,7 +124,7 @@ class Absorbed {
       const std::int64_t n = least(tokens_, end - s);
       if (blocks_ == 1) append_tile(b, s, s + n);
       if (all_hidden(bias, start, count, s, n, running, bias_room)) continue;
-      tile.move(s, n);
+      tile.move(s, n, call_.slim() || !Tile::loadable(p_));
       score(tile, row, start, count, n, weights);
       for (std::int64_t i = 0; i < count; ++i) {
         const std::int64_t h = (start + i) / p_.T, t = (start + i) % p_.T;
@@ -159,15 +159,15 @@ class Absorbed {
              std::int64_t n, Target scores) const {
     const Rows queries{queries_ + row * width_, width_};
     if (!call_.slim())
-      return multiply_transposed(queries, tile.latent(0), count, n, width_, scores,
-                                 tile.ahead(p_.latent, 0, 0));
+      return tile.with_latent(0, [&](auto latent) {
+        multiply_transposed(queries, latent, count, n, width_, scores, tile.ahead(p_.latent, 0, 0));
+      });
     const std::int64_t dense = p_.share() * p_.T;
     for (std::int64_t i = 0; i < count;) {
       const std::int64_t g = (start + i) / dense;
       const std::int64_t rows = least(count, (g + 1) * dense - start) - i;
-      multiply_transposed({queries[i], width_},
-                          tile.positioned(g), rows, n, width_, {scores[i], scores.stride},
-                          tile.ahead(p_.latent, g, 0));
+      multiply_transposed({queries[i], width_}, tile.positioned(g), rows, n, width_,
+                          {scores[i], scores.stride}, tile.ahead(p_.latent, g, 0));
       i += rows;
     }
   }
@@ -176,8 +176,9 @@ class Absorbed {
                bool add) const {
     const Rows given{weights.data, weights.stride};
     for (std::int64_t g = 0; g < p_.latent.groups; ++g) {
-      multiply(given, tile.latent(g), count, n, layout_.latent, sums, add,
-               tile.ahead(p_.latent, g, 1));
+      tile.with_latent(g, [&](auto latent) {
+        multiply(given, latent, count, n, layout_.latent, sums, add, tile.ahead(p_.latent, g, 1));
+      });
       sums.data += layout_.latent;
     }
     multiply(given, tile.residual(), count, n, layout_.residual, sums, add);

@@ -16,12 +16,14 @@ constexpr int kRows = 6, kVectors = 2, kDotRows = 3;
 #endif
 constexpr int kDotColumns = 4, kFewRows = 2;
 
-// Rows of a matrix of floats.
-struct Rows {
-  const float* data;
+// Rows of a matrix, of floats or of what a vector of floats can be loaded from.
+template <class Number>
+struct RowsOf {
+  const Number* data;
   std::int64_t stride;
-  const float* operator[](std::int64_t row) const { return data + row * stride; }
+  const Number* operator[](std::int64_t row) const { return data + row * stride; }
 };
+using Rows = RowsOf<float>;
 
 struct Target {
   float* data;
@@ -43,14 +45,15 @@ struct Ahead {
   }
 };
 
-template <int M, int N>
-inline void multiply_tile(Rows a, Rows b, std::int64_t depth, Target c, bool add, Ahead& ahead) {
+template <int M, int N, class Number>
+inline void multiply_tile(Rows a, RowsOf<Number> b, std::int64_t depth, Target c, bool add,
+                          Ahead& ahead) {
   Vector sums[M][N];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) sums[m][n] = add ? load(c[m] + n * kLanes) : Vector{};
-  const float* row = b.data;
+  const Number* row = b.data;
   Ahead soon = ahead;
   for (std::int64_t k = 0; k < depth; ++k, row += b.stride) {
     soon.fetch();
@@ -75,9 +78,9 @@ inline void multiply_tile(Rows a, Rows b, std::int64_t depth, Target c, bool add
     for (int n = 0; n < N; ++n) store(c[m] + n * kLanes, sums[m][n]);
 }
 
-template <int M, int N>
-inline void multiply_rows(Rows a, Rows b, std::int64_t rows, std::int64_t depth, Target c, bool add,
-                          Ahead& ahead) {
+template <int M, int N, class Number>
+inline void multiply_rows(Rows a, RowsOf<Number> b, std::int64_t rows, std::int64_t depth, Target c,
+                          bool add, Ahead& ahead) {
   for (; rows >= M; rows -= M) {
     multiply_tile<M, N>(a, b, depth, c, add, ahead);
     a.data += M * a.stride;
@@ -87,8 +90,8 @@ inline void multiply_rows(Rows a, Rows b, std::int64_t rows, std::int64_t depth,
     if (rows > 0) multiply_rows<M - 1, N>(a, b, rows, depth, c, add, ahead);
 }
 
-template <int M, int N>
-inline void multiply_columns(Rows a, Rows b, std::int64_t rows, std::int64_t depth,
+template <int M, int N, class Number>
+inline void multiply_columns(Rows a, RowsOf<Number> b, std::int64_t rows, std::int64_t depth,
                              std::int64_t columns, Target c, bool add, Ahead& ahead) {
   for (; columns >= N * kLanes; columns -= N * kLanes) {
     multiply_rows<M, N>(a, b, rows, depth, c, add, ahead);
@@ -100,16 +103,17 @@ inline void multiply_columns(Rows a, Rows b, std::int64_t rows, std::int64_t dep
 }
 
 // c [rows, columns] (+)= a [rows, depth] @ b [depth, columns]
-inline void multiply(Rows a, Rows b, std::int64_t rows, std::int64_t depth, std::int64_t columns,
-                     Target c, bool add, Ahead ahead = {}) {
+template <class Number = float>
+inline void multiply(Rows a, RowsOf<Number> b, std::int64_t rows, std::int64_t depth,
+                     std::int64_t columns, Target c, bool add, Ahead ahead = {}) {
   if (rows <= kFewRows)
     multiply_columns<kFewRows, 2 * kVectors>(a, b, rows, depth, columns, c, add, ahead);
   else
     multiply_columns<kRows, kVectors>(a, b, rows, depth, columns, c, add, ahead);
 }
 
-template <int M, int N>
-inline void dot_tile(Rows a, Rows b, std::int64_t depth, Target c, Ahead& ahead) {
+template <int M, int N, class Number>
+inline void dot_tile(Rows a, RowsOf<Number> b, std::int64_t depth, Target c, Ahead& ahead) {
   Ahead soon = ahead;
   Vector products[M][N] = {};
   for (std::int64_t k = 0; k < depth; k += kLanes) {
@@ -135,15 +139,16 @@ inline void dot_tile(Rows a, Rows b, std::int64_t depth, Target c, Ahead& ahead)
   }
 }
 
-template <int M>
-inline void dot_rows(Rows a, Rows b, std::int64_t rows, std::int64_t columns, std::int64_t depth,
-                     Target c, Ahead& ahead) {
+template <int M, class Number>
+inline void dot_rows(Rows a, RowsOf<Number> b, std::int64_t rows, std::int64_t columns,
+                     std::int64_t depth, Target c, Ahead& ahead) {
   for (; rows >= M; rows -= M) {
     std::int64_t n = 0;
     for (; n + kDotColumns <= columns; n += kDotColumns)
-      dot_tile<M, kDotColumns>(a, {b[n], b.stride}, depth, {c.data + n, c.stride}, ahead);
+      dot_tile<M, kDotColumns>(a, RowsOf<Number>{b[n], b.stride}, depth, {c.data + n, c.stride},
+                               ahead);
     for (; n < columns; ++n)
-      dot_tile<M, 1>(a, {b[n], b.stride}, depth, {c.data + n, c.stride}, ahead);
+      dot_tile<M, 1>(a, RowsOf<Number>{b[n], b.stride}, depth, {c.data + n, c.stride}, ahead);
     a.data += M * a.stride;
     c.data += M * c.stride;
   }
@@ -152,7 +157,8 @@ inline void dot_rows(Rows a, Rows b, std::int64_t rows, std::int64_t columns, st
 }
 
 // c [rows, columns] = a [rows, depth] @ b [columns, depth]^T
-inline void multiply_transposed(Rows a, Rows b, std::int64_t rows, std::int64_t columns,
+template <class Number = float>
+inline void multiply_transposed(Rows a, RowsOf<Number> b, std::int64_t rows, std::int64_t columns,
                                 std::int64_t depth, Target c, Ahead ahead = {}) {
   dot_rows<kDotRows>(a, b, rows, columns, depth, c, ahead);
 }

@@ -126,22 +126,39 @@ class Tile {
         appended_(appended),
         room_(room) {}
 
-  // Reads what is in another form than that of floats.
-  void move(std::int64_t start, std::int64_t count) {
+  // Whether products can load the latent as it is cached, in half the memory of floats.
+  static bool loadable(const Problem& p) {
+    return kConverts && p.cache != Type::kFloat && padded(p.latent.width) == p.latent.width;
+  }
+
+  // Reads what is in another form than that of floats; the latent only if it is to be floats.
+  void move(std::int64_t start, std::int64_t count, bool as_floats = true) {
     start_ = start;
     count_ = count;
-    for (std::int64_t group = 0; group < p_.latent.groups; ++group)
+    as_floats_ = as_floats;
+    for (std::int64_t group = 0; as_floats && group < p_.latent.groups; ++group)
       part(p_.latent, group).read(count);
     if (p_.residual.width) part(p_.residual, 0).read(count);
-    if (p_.key_norm == Norm::kHeads)
-      measure(0, p_.G);
+    if (p_.key_norm == Norm::kHeads) measure(0, p_.G);
     if (!p_.R) return;
     angles(p_.cos, 0).read(count);
     angles(p_.sin, 1).read(count);
   }
 
-  // [count, latent.width], as it is cached.
+  // [count, latent.width], as floats.
   Rows latent(std::int64_t group) const { return part(p_.latent, group).rows(); }
+
+  // Calls task(rows) with the same, as floats or as it is cached.
+  template <class Task>
+  void with_latent(std::int64_t group, Task&& task) const {
+    const FloatRows rows = part(p_.latent, group);
+    if (as_floats_)
+      task(rows.rows());
+    else if (p_.cache == Type::kHalf)
+      task(RowsOf<Half>{static_cast<const Half*>(rows.data), rows.width});
+    else
+      task(RowsOf<Brief>{static_cast<const Brief*>(rows.data), rows.width});
+  }
 
   // [count, residual.width]
   Rows residual() const { return part(p_.residual, 0).rows(); }
@@ -235,7 +252,7 @@ class Tile {
 
   // Adds term(mean, x) over the channels of one group to what is known of each token.
   template <class Term>
-  void add_up(std::int64_t group, float Moments::*to, Term&& term) const {
+  void add_up(std::int64_t group, float Moments::* to, Term&& term) const {
     const Rows keys = latent(group);
     const float* bias = of_group(terms_.bias, group);
     for (std::int64_t s = 0; s < count_; ++s) {
@@ -299,7 +316,7 @@ class Tile {
   const Layout& layout_;
   const KeyTerms& terms_;
   std::int64_t b_, tokens_;
-  bool appended_;
+  bool appended_, as_floats_ = true;
   float* room_;
   std::int64_t start_ = 0, count_ = 0;
 };

@@ -46,6 +46,36 @@ inline void store(float* to, Vector v) { *reinterpret_cast<Anywhere*>(to) = v; }
 inline Vector all(float x) { return x - Vector{}; }
 inline Vector greater(Vector a, Vector b) { return a > b ? a : b; }
 
+// Loaded from numbers of 16 bits, where that is one instruction more.
+#if defined(__AVX512F__)
+constexpr bool kConverts = true;
+inline Vector load(const Half* from) {
+  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline Vector load(const Brief* from) {
+  const auto bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  const auto wide = reinterpret_cast<Integers>(_mm512_maskz_cvtepu16_epi32(0xffff, bits));
+  return reinterpret_cast<Vector>(wide << 16);
+}
+#elif defined(__AVX2__)
+constexpr bool kConverts = true;
+inline Vector load(const Half* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+inline Vector load(const Brief* from) {
+  const auto bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return reinterpret_cast<Vector>(reinterpret_cast<Integers>(_mm256_cvtepu16_epi32(bits)) << 16);
+}
+#else
+constexpr bool kConverts = false;
+template <class Number>
+inline Vector load(const Number* from) {
+  Vector v;
+  for (int i = 0; i < kLanes; ++i) v[i] = static_cast<float>(from[i]);
+  return v;
+}
+#endif
+
 // Parts of vectors: the index lists that __builtin_shufflevector needs, lane of four by lane.
 #if defined(__AVX512F__)
 #define ONNX_TRICKS_LANES(a, b, c, d)                                                           \
@@ -121,28 +151,21 @@ inline Vector tangent(Vector x) {  // hyperbolic
   return size < all(0.625f) ? small : (x < Vector{} ? -large : large);
 }
 
+template <class Number>
+inline void widen(const Number* from, float* to, std::int64_t count) {
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+  for (; i < count; ++i) to[i] = static_cast<float>(from[i]);
+}
+
 // Numbers of any type but double as floats.
 inline void widen(const void* from, Type type, float* to, std::int64_t count) {
-  std::int64_t i = 0;
-  if (type == Type::kFloat) {
+  if (type == Type::kFloat)
     std::memcpy(to, from, static_cast<std::size_t>(count) * sizeof(float));
-  } else if (type == Type::kHalf) {
-    const auto* numbers = static_cast<const Half*>(from);
-#if defined(__AVX512F__)
-    for (; i + 16 <= count; i += 16)
-      _mm512_storeu_ps(
-          to + i, _mm512_maskz_cvtph_ps(
-                      0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(numbers + i))));
-#elif defined(__F16C__)
-    for (; i + 8 <= count; i += 8)
-      _mm256_storeu_ps(
-          to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(numbers + i))));
-#endif
-    for (; i < count; ++i) to[i] = static_cast<float>(numbers[i]);
-  } else {
-    const auto* numbers = static_cast<const Brief*>(from);
-    for (; i < count; ++i) to[i] = static_cast<float>(numbers[i]);
-  }
+  else if (type == Type::kHalf)
+    widen(static_cast<const Half*>(from), to, count);
+  else
+    widen(static_cast<const Brief*>(from), to, count);
 }
 
 inline void narrow(const float* from, Type type, void* to, std::int64_t count) {
