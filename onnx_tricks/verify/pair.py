@@ -106,29 +106,39 @@ class Pair:
             if usable(cases, outputs, outputs):
                 if self._own_state is None:
                     return outputs
-                self.cases = self._of_own_text(session, outputs[0], cases)
-                try:
-                    return list(self.run(session))
-                except SessionError:  # it takes no steps of several tokens for several rows
-                    self.cases = cases
-                    return outputs
+                return self._outputs_of_own_text(session, cases, outputs)
             refusal = "it computes NaN"
         self.cases = before
         raise NotComparable(f"the original runs on no inputs that were tried: {refusal}")
 
+    def _outputs_of_own_text(
+        self, session: Session, cases: tuple[Case, ...], outputs: Outputs
+    ) -> Outputs:
+        """Run the original on a text that it writes itself, or stay with the cases as they are."""
+        for told in self._of_own_text(session, outputs[0], cases):
+            self.cases = told
+            try:
+                return list(self.run(session))
+            except SessionError:  # it takes no steps of several tokens for several rows
+                self.cases = cases
+        return outputs
+
     def _of_own_text(
         self, session: Session, outputs: Mapping[str, Array], cases: tuple[Case, ...]
-    ) -> tuple[Case, ...]:
+    ) -> Iterator[tuple[Case, ...]]:
         """Put a text that the original writes in place of random tokens, where it is a decoder.
 
         To judge a rounded cache by noise, which no one writes, would ask of trained weights what
         nobody needs. A short text is judged apart: an error shows most where there is little to
         average over.
+
+        Yields:
+            The cases, with the short text, and without it.
         """
         ids, limits = self._interface.role("ids"), [v.limit for v in self._interface.role("ids")]
         logits = next(iter(outputs.values()))
         if limits != [logits.shape[-1]] or not self._presents or len(ids) != 1:
-            return cases
+            return
         scores = logits.reshape(-1, logits.shape[-1])[-_ROWS:]
         for before in _BEFORE:
             try:
@@ -138,10 +148,11 @@ class Pair:
             except SessionError:  # it takes no such batch, or has no room for so many tokens
                 continue
             if np.unique(tokens, return_counts=True)[1].max() > tokens.size / 2:
-                break  # it goes round in a circle: one error, many times
+                return  # it goes round in a circle: one error, many times
             told = tuple(case.of(tokens.ravel()) if case.of else case for case in cases)
-            return *told, self._tell(tokens[:, before:], _TEXT[1:])
-        return cases
+            yield *told, self._tell(tokens[:, before:], _TEXT[1:])
+            yield told
+            return
 
     def _tell(self, tokens: Array, steps: tuple[int, ...]) -> Case:
         return text(self._interface, self._siblings, tokens, steps)

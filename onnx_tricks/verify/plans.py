@@ -13,7 +13,7 @@ from onnx_tricks.verify.inputs import Builder, Given, Shape, guesses
 __all__ = ["plans", "prompts", "text"]
 
 # The error that a rounded cache brings shows where there is much to remember, and averages out.
-_LONG = (Shape(1, 256, (1, 1, 1, 1, 8)), Shape(2, 128, (1, 1, 8), padded=True))
+_LONG = (Shape(1, 256, (1,) * 8), Shape(2, 128, (1,) * 4, padded=True))
 _FULL = (Shape(1, 7, (1, 1, 4)), Shape(2, 33, (1, 1), padded=True), Shape(2, 1, (1,)))
 _PLANS = (
     _FULL,

@@ -84,7 +84,7 @@ def test_a_tied_head_in_half_precision_folds_into_a_copy_when_asked(
 
 def test_the_vision_transformer_folds_every_norm_before_a_matmul() -> None:
     report = onnx_tricks.optimize(trained.vit_path()).report
-    hold(report, 24, ["does not keep its channels on one axis"])
+    hold(report, 24, ["ConvTranspose '/decoder/upconv1/ConvTranspose' is not linear in it"])
 
 
 def test_a_post_norm_model_is_refused_because_the_residual_reads_the_norm() -> None:
@@ -156,7 +156,8 @@ def test_a_transformer_with_tanh_in_place_of_norms_folds_their_gains(
     path = tmp_path / "model.onnx"
     tokens.write(normalised.Normalised(tanh=True), path, exporter)
     report = onnx_tricks.optimize(path).report
-    assert report.passes[0].applied == 2 * 2 + 1  # those in front of blocks and of the head
+    # Those in front of blocks and of the head; and of values, where shapes tell how wide heads are.
+    assert report.passes[0].applied == 2 * 2 + 1 + 2 * (exporter != "torchscript")
     residual = [one for one in report.passes[0].skipped if "residual" in one.reason]
     assert len(residual) == 2 * 2
     assert report.verification.status == "passed", report.verification.message
