@@ -23,11 +23,10 @@ def test_only_decoders_with_other_caches_are_judged_on_a_text_of_their_own(tmp_p
 def test_what_averages_out_over_a_long_prompt_is_noticed_in_a_short_text(
     export: Export, tmp_path: Path
 ) -> None:
-    original, slim = export("arcee_heads") / "model.onnx", tmp_path / "slim.onnx"
+    original, slim = export("llama_heads") / "model.onnx", tmp_path / "slim.onnx"
     onnx_tricks.optimize(original, slim, passes=[SlimAttention(rank=1)], verify=False)
-    findings = verify(original, slim).findings
-    assert {found.phase for found in findings if not found.passed} <= OWN
-    assert not all(found.passed for found in findings)
+    severity = {found.phase: found.severity for found in verify(original, slim).findings}
+    assert severity["prompt of text of its own"] > 1.2 * severity["prompt"]
     report = onnx_tricks.optimize(original, slim, passes=[SlimAttention()]).report
     assert report.verification.status == "passed"
     assert min(row["rank"] for row in report.passes[0].details) > 1
