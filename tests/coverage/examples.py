@@ -22,7 +22,7 @@ __all__ = ["Example", "examples"]
 _STEPS = (9, 1, 1, 2)  # a prompt, and what follows it
 _TOKENS = sum(_STEPS)
 _PROMPT = (_TOKENS,)
-_MANY = 64  # elements of an output, of which the error is measured
+_MANY = 256  # elements of an output over which the ratio of two errors is not chance any more
 _PADDING = 3  # of the last row, on the left
 
 
