@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -156,7 +157,7 @@ def _missing(cells: Sequence[Cell]) -> Iterator[str]:
 
 def _brief(cell: Cell) -> str:
     """A reason without the name of the family and what breaks a table."""
-    text = cell.missing.replace("|", "/").replace("\n", " ")
+    text = re.sub(r"\x1b?\[\d+m", "", cell.missing).replace("|", "/").replace("\n", " ")
     if "custom or unsupported architecture" in text or "does not know models like" in text:
         return "does not know the architecture"
     return text[:120]
