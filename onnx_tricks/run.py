@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import sys
 import tempfile
@@ -79,7 +78,8 @@ class Rewritten:
 
 # An error of this share of what is allowed is too close for a pass that is cautious.
 _CLOSE = 0.9
-_Attempt = Callable[[Sequence[Pass]], tuple[Rewritten, Verification | None]]
+_Prove = Callable[[], Verification | None]
+_Attempt = Callable[[Sequence[Pass]], tuple[Rewritten, _Prove]]
 
 
 class Run:
@@ -168,18 +168,15 @@ class Run:
             if self.verify:
                 save_model(original, folder / "original.onnx")
 
-            def attempt(passes: Sequence[Pass]) -> tuple[Rewritten, Verification | None]:
+            def attempt(passes: Sequence[Pass]) -> tuple[Rewritten, _Prove]:
                 rewritten = self._rewrite(original.clone(), DataLayout(), passes)
                 staged = folder / "optimized.onnx"
                 if staging is not None and plan is not None:
                     staged = staging.save(rewritten.model, plan.outputs[0], rewritten.layout)
                 elif self.verify:
                     save_model(rewritten.model, staged)
-                if not self.verify:
-                    return rewritten, None
-                self.progress("verifying")
-                proof = verify_models(folder / "original.onnx", staged, sites=rewritten.sites)
-                return rewritten, proof
+                prove = self._prover(folder / "original.onnx", staged, rewritten, "verifying")
+                return rewritten, prove
 
             rewritten, verification = self.until_proven(attempt, self.passes, "")
             where = None if output is None else os.fspath(output)
@@ -196,19 +193,16 @@ class Run:
     ) -> ir.Model:
         """Rewrite, stage and verify one file."""
 
-        def attempt(passes: Sequence[Pass]) -> tuple[Rewritten, Verification | None]:
+        def attempt(passes: Sequence[Pass]) -> tuple[Rewritten, _Prove]:
             assert one.source is not None
             self.progress(f"reading {one.source.name}")
             loaded = load_model(one.source)
             rewritten = self._rewrite(loaded.model, loaded.layout, passes)
             if staging is None:
-                return rewritten, None
+                return rewritten, lambda: None
             self.progress(f"writing {one.target}")
             staged = staging.save(rewritten.model, one, rewritten.layout)
-            if not self.verify:
-                return rewritten, None
-            self.progress(f"verifying {one.target}")
-            return rewritten, verify_models(one.source, staged, sites=rewritten.sites)
+            return rewritten, self._prover(one.source, staged, rewritten, f"verifying {one.target}")
 
         prefix = f"{one.target}: " if len(plan.outputs) > 1 else ""
         apart = self.apart if one.target.name in PHASES else ()
@@ -218,24 +212,40 @@ class Run:
             found.append(verification)
         return rewritten.model
 
+    def _prover(self, original: Path, staged: Path, rewritten: Rewritten, told: str) -> _Prove:
+        """What proves a staged file, where that is asked for."""
+
+        def prove() -> Verification | None:
+            if not self.verify:
+                return None
+            self.progress(told)
+            return verify_models(original, staged, sites=rewritten.sites)
+
+        return prove
+
     def until_proven(
         self, attempt: _Attempt, passes: Sequence[Pass], prefix: str
     ) -> tuple[Rewritten, Verification | None]:
         """Rewrite with less and less room for error, while a pass leaves too much of it."""
-        narrow, best = None, math.inf
+        close: tuple[Sequence[Pass], Verification] | None = None
         while True:
-            rewritten, verification = attempt(passes)
-            applied = {result.name for result in rewritten.results if result.applied}
-            failed = verification is not None and verification.status == "failed"
-            severity = 0.0 if verification is None else verification.severity
-            if narrow is not None and severity >= best:  # it is not this error that is close
-                rewritten, verification = attempt(narrow)
+            rewritten, prove = attempt(passes)
+            verification = prove()
+            if verification is None:
                 break
-            close, best = severity > _CLOSE, severity
-            stricter = _stricter(passes, applied, cautious=not failed) if failed or close else None
+            if close is not None and verification.severity >= close[1].severity:
+                # It is not this error that is close.
+                rewritten, _ = attempt(close[0])
+                verification = close[1]
+                break
+            applied = {result.name for result in rewritten.results if result.applied}
+            failed = verification.status == "failed"
+            if not failed and verification.severity <= _CLOSE:
+                break
+            stricter = _stricter(passes, applied, cautious=not failed)
             if stricter is None:
                 break
-            narrow = None if failed else passes
+            close = None if failed else (passes, verification)
             passes = stricter
         for result in rewritten.results:
             self.reports[result.name].add(result, prefix)

@@ -166,7 +166,7 @@ class CenterNorm(Pass):
         for index, part in enumerate(_streams(readers, order)):
             if isinstance(part, Skip):
                 yield part
-            elif self.wide_only and any(_is_half(one) for one in part.made):
+            elif self.wide_only and any(one.weight.half for one in part.made):
                 reason = "in half precision its weights, rounded once more, failed the proof"
                 yield Skip(node_name(part.readers[0].norm.node), reason)
             else:
@@ -187,10 +187,6 @@ class CenterNorm(Pass):
                     _drop_scale(term)
             for reader in part.readers:
                 _make_rms(model, reader)
-
-
-def _is_half(made: Made) -> bool:
-    return made.weight.tensor.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def _streams(readers: list[MeanReader], order: Mapping[ir.Node, int]) -> Iterator[Part | Skip]:

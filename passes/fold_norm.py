@@ -139,7 +139,7 @@ class FoldNorm(Pass):
                     continue
                 if isinstance(part, str):
                     yield Skip(node_name(norm.node), part)
-                elif self.wide_only and any(map(_is_half, part.readers)):
+                elif self.wide_only and any(one.linear.weight.half for one in part.readers):
                     reason = "in half precision its weights, rounded once more, failed the proof"
                     yield Skip(node_name(norm.node), reason)
                 else:
@@ -184,7 +184,7 @@ class FoldNorm(Pass):
     def _policy(self, weight: Weight) -> SharedWeights:
         if self.shared_weights != "auto":
             return self.shared_weights
-        return "rescale" if weight.tensor.dtype.itemsize > 2 else "skip"
+        return "skip" if weight.half else "rescale"
 
 
 def _look_behind(norm: Norm, extents: Extents) -> Part | str | None:
@@ -214,10 +214,6 @@ def _look_behind(norm: Norm, extents: Extents) -> Part | str | None:
     return dataclasses.replace(part, kept=kept)
 
 
-def _is_half(reader: Reader) -> bool:
-    return reader.linear.weight.tensor.dtype.itemsize <= 2
-
-
 def _outgrows(part: Part, biases: list[_Array]) -> bool:
     """Whether biases that are not there yet would hold more numbers than gain and bias do."""
     new = [b.size for r, b in zip(part.readers, biases, strict=True) if r.linear.bias is None]
@@ -233,7 +229,7 @@ def _dominates(part: Part, biases: list[_Array]) -> bool:
     """
     for reader, bias in zip(part.readers, biases, strict=True):
         scaling, tensor = part.scaling(reader), reader.linear.weight.tensor
-        if tensor.dtype.itemsize <= 2:
+        if reader.linear.weight.half:
             return True
         size = folded_size(tensor.numpy(), scaling.gain, scaling.axis, scaling.groups)
         if np.linalg.norm(bias.astype(np.float64)) > size:
@@ -263,7 +259,7 @@ def _weight_reason(part: Part, reader: Reader) -> str:
         )
     sizes = np.abs(scaling.gain[scaling.gain != 0])
     wild = sizes.size and (sizes.max() > _SAFE_GAIN or sizes.min() < 1 / _SAFE_GAIN)
-    if tensor.dtype.itemsize <= 2 or wild:
+    if linear.weight.half or wild:
         loss = rounding_loss(tensor.numpy(), scaling.gain, scaling.axis, scaling.groups)
         if loss > 1:
             return f"{where} leaves the range of {tensor.dtype.name} when its gain is folded in"

@@ -50,15 +50,17 @@ def tried(passes: Sequence[Loose], severity: Callable[..., float]) -> list[tuple
     """The tolerances that a run tries; what it keeps is the last."""
     found: list[tuple[int, ...]] = []
 
-    def attempt(now: Sequence[Pass]) -> tuple[Rewritten, Verification]:
+    def attempt(now: Sequence[Pass]) -> tuple[Rewritten, Callable[[], Verification]]:
         found.append(tuple(one.tolerance for one in now if isinstance(one, Loose)))
+        results = [PassResult(one.name, [Site("here")], [], 0.0) for one in now]
+        rewritten = Rewritten(None, DataLayout(), results, SIZES, SIZES)  # type: ignore[arg-type]
+        return rewritten, prove
+
+    def prove() -> Verification:
         error = severity(*found[-1])
         status = "passed" if error <= 1 else "failed"
         finding = Finding("y", "prompt", 1.0, error, 1.0, "")
-        site = Site("here")
-        results = [PassResult(one.name, [site], [], 0.0) for one in now]
-        rewritten = Rewritten(None, DataLayout(), results, SIZES, SIZES)  # type: ignore[arg-type]
-        return rewritten, Verification(status, "float64", 1.0, error, 1, "", (finding,))
+        return Verification(status, "float64", 1.0, error, 1, "", (finding,))
 
     Run("", passes, True, lambda _: None).until_proven(attempt, passes, "")
     return found

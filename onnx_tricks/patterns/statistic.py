@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnx_tricks.graph.constants import evaluate, scalar
+from onnx_tricks.graph.constants import scalar
 from onnx_tricks.graph.shapes import dim, rank_of
 from onnx_tricks.patterns.product import skip_casts
+from onnx_tricks.patterns.shape_rules import axes_of
 
 __all__ = [
     "MeanSquare",
@@ -171,14 +172,7 @@ def _axes_of(node: ir.Node) -> tuple[int, ...] | None:
     """The axes of a reduction that keeps them, counted from the end."""
     if node.attributes.get_int("keepdims", 1) == 0 or node.inputs[0] is None:
         return None
-    if "axes" in node.attributes:
-        axes: Sequence[int] = node.attributes["axes"].as_ints()
-    else:
-        array = evaluate(node.inputs[1]) if len(node.inputs) > 1 else None
-        if array is None or array.dtype.kind != "i":
-            return None
-        axes = [int(axis) for axis in array.reshape(-1)]
-    return reduced_axes(node.inputs[0], axes)
+    return reduced_axes(node.inputs[0], axes_of(node, 1))
 
 
 def _square_root(value: ir.Value | None) -> ir.Value | None:

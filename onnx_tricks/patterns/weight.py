@@ -44,6 +44,11 @@ class Weight:
         return tensor
 
     @property
+    def half(self) -> bool:
+        """Whether it is stored in half precision, or less: rounding it once more is felt."""
+        return self.tensor.dtype.itemsize <= 2
+
+    @property
     def rank(self) -> int:
         """Rank of the stored tensor."""
         return len(self.tensor.shape)
