@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from onnx_tricks.errors import UsageError
 from onnx_tricks.models.preprocessors import image_size
 
-__all__ = ["Graph", "graphs"]
+__all__ = ["Graph", "graphs", "tensors_of"]
 
 _BATCH, _LENGTH, _PAST = 2, 7, 5  # of the examples; all are dynamic in the export
 _FRAMES, _SAMPLES = 40, 4000  # of sound
@@ -79,17 +79,26 @@ def _whole(model: PreTrainedModel) -> Graph:
     if model.can_generate() and "use_cache" in inspect.signature(model.forward).parameters:
         options["use_cache"] = False
 
-    def run(model: PreTrainedModel, *given: torch.Tensor) -> Any:
-        return model(**dict(zip(inputs, given, strict=True)), **options)
+    def run(model: PreTrainedModel, *given: torch.Tensor) -> dict[str, torch.Tensor]:
+        return tensors_of(model(**dict(zip(inputs, given, strict=True)), **options))
 
     def tensors(model: PreTrainedModel, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        output = run(model, *given)
-        return tuple(output[name] for name in names)
+        return tuple(run(model, *given).values())
 
     with torch.no_grad():
-        output = run(model, *(example for example, _ in inputs.values()))
-    names = [name for name, one in output.items() if isinstance(one, torch.Tensor)]
+        names = list(run(model, *(example for example, _ in inputs.values())))
     return Graph("model", _Module(model, tensors), inputs, names)
+
+
+def tensors_of(output: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The outputs of a model that are tensors, or tensors of an answer in several parts."""
+    found: dict[str, torch.Tensor] = {}
+    for name, one in output.items():
+        if isinstance(one, torch.Tensor):
+            found[name] = one
+        elif name == "logits":
+            found |= {f"{name}.{index}": part for index, part in enumerate(one)}
+    return found
 
 
 def _inputs(model: PreTrainedModel) -> dict[str, tuple[torch.Tensor, _Axes]]:

@@ -12,6 +12,7 @@ from optimum.utils import DEFAULT_DUMMY_SHAPES
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from onnx_tricks.models.dynamo import tensors_of
 from onnx_tricks.models.preprocessors import preprocessors
 
 __all__ = ["Arrays", "Part", "compute", "parts", "tensors"]
@@ -61,7 +62,7 @@ def compute(module: Any, run: Callable[[], Mapping[str, Any]]) -> tuple[Arrays, 
     try:
         with torch.enable_grad(), _Double():
             module.double()
-            outputs = {n: one for n, one in run().items() if isinstance(one, torch.Tensor)}
+            outputs = tensors_of(run())
     finally:
         torch.set_default_dtype(torch.float32)
         for hook in hooks:
