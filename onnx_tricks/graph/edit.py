@@ -179,7 +179,7 @@ def replace_constant(value: ir.Value, tensor: ir.TensorProtocol) -> None:
     else:
         node.attributes.clear()
         node.attributes.add(ir.AttrTensor("value", tensor))
-    value.shape = ir.Shape(tensor.shape.numpy())
+    value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
 
 
 def replace_input(model: ir.Model, node: ir.Node, index: int, array: Array, name: str) -> None:

@@ -24,6 +24,8 @@ _MOVING = frozenset(
 )
 _LONGEST_DECISION = 20
 _LINEAR = frozenset({"Einsum", "Gemm", "MatMul"})
+# The opset from which on the operators of an expansion take their sizes as inputs.
+_EXPANDED = 11
 # Attributes that name the type in which an op computes inside, whatever the type of its inputs.
 _INNER_TYPES = ("stash_type", "softmax_precision")
 
@@ -112,7 +114,7 @@ class _Raiser:
         for name in _INNER_TYPES:
             if name in node.attributes:
                 node.attributes[name] = ir.AttrInt64(name, ir.DataType.DOUBLE)
-        expansion = expand(node)
+        expansion = expand(node) if self.opsets.get("", _EXPANDED) >= _EXPANDED else []
         if expansion:
             graph = _graph_of(node)
             graph.insert_before(node, expansion)

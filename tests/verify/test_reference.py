@@ -29,7 +29,9 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     return scores / scores.sum(-1, keepdims=True) @ v
 
 
-def raised(op: str, inputs: list[np.ndarray], outputs: int = 1, **attributes: object):
+def raised(
+    op: str, inputs: list[np.ndarray], outputs: int = 1, opset: int = 23, **attributes: object
+):
     """Run one op, raised: the last of its outputs, and what stayed in float32."""
     names = [f"x{index}" for index in range(len(inputs))]
     made = [f"y{index}" for index in range(outputs)]
@@ -41,7 +43,7 @@ def raised(op: str, inputs: list[np.ndarray], outputs: int = 1, **attributes: ob
         [helper.make_tensor_value_info(n, 1, i.shape) for n, i in zip(names, inputs, strict=True)],
         [helper.make_tensor_value_info(made[-1], 1, None)],
     )
-    imports = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
     model = ir.from_proto(helper.make_model(graph, opset_imports=imports, ir_version=10))
     narrow = raise_to_double(model)
     feeds = dict(zip(names, inputs, strict=True))
@@ -101,6 +103,12 @@ def test_an_op_is_raised_to_full_precision(way) -> None:
     assert not narrow
     assert result.dtype == np.float64
     assert np.linalg.norm(result - right) < 1e-14 * np.linalg.norm(right)
+
+
+def test_a_convolution_of_an_old_opset_is_left_in_float32() -> None:
+    _, inputs, attributes, _ = WAYS["dilated"]
+    with pytest.raises(CannotRaise, match=r"float32 kernels only \(Conv\)"):
+        raised("Conv", inputs, opset=7, **attributes)
 
 
 def test_the_residual_of_a_skip_norm_is_not_rounded() -> None:
