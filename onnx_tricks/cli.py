@@ -26,34 +26,17 @@ from onnx_tricks.inspect.plot import plot_inspection
 from onnx_tricks.inspect.report import print_inspection
 from onnx_tricks.inspect.report import to_dict as inspection_data
 from onnx_tricks.optimizer import optimize as run_optimize
-from onnx_tricks.passes import (
-    PASSES,
-    FoldNorm,
-    MergeSkipless,
-    PrecomputeFirstLayer,
-    SlimAttention,
-)
+from onnx_tricks.passes import PASSES
 from onnx_tricks.report import Report, print_report, print_verification
-from onnx_tricks.rewrite import Pass
 from onnx_tricks.terminal.display import FAILED, Display, errors, write_json
 from onnx_tricks.terminal.options import (
-    CacheTypeOption,
-    EnableOption,
-    EncoderTypeOption,
-    MaxGrowthOption,
-    MergeToleranceOption,
     NoVerifyOption,
-    PassesOption,
-    PositionsOption,
+    PassOptions,
     QuietOption,
     ReportOption,
-    SharedWeightsOption,
-    SkipOption,
-    SlimModeOption,
-    SlimToleranceOption,
     VerboseOption,
     numbers,
-    selected,
+    takes_passes,
 )
 from onnx_tricks.verify import verify as run_verify
 
@@ -73,20 +56,11 @@ def _options(
 
 
 @app.command()
+@takes_passes
 def optimize(
     source: Annotated[str, typer.Argument(metavar="IN", help="A .onnx file, a folder, or 'demo'.")],
     output: Annotated[str, typer.Argument(metavar="OUT", help="A file or folder; may be IN.")],
-    passes: PassesOption = None,
-    enable: EnableOption = None,
-    skip: SkipOption = None,
-    shared_weights: SharedWeightsOption = FoldNorm.shared_weights,
-    max_growth: MaxGrowthOption = PrecomputeFirstLayer.max_growth,
-    merge_tolerance: MergeToleranceOption = MergeSkipless.tolerance,
-    slim_mode: SlimModeOption = SlimAttention.mode,
-    slim_tolerance: SlimToleranceOption = SlimAttention.tolerance,
-    cache_dtype: CacheTypeOption = SlimAttention.cache_dtype,
-    encoder_dtype: EncoderTypeOption = SlimAttention.encoder_dtype,
-    positions: PositionsOption = SlimAttention.positions,
+    chosen: PassOptions,
     report: ReportOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report; write nothing.")] = False,
     no_verify: NoVerifyOption = False,
@@ -96,23 +70,10 @@ def optimize(
     """Optimise IN and write the result to OUT, once it is proven to compute the same."""
 
     def run(display: Display) -> Report:
-        options: list[Pass] = [
-            FoldNorm(shared_weights),
-            MergeSkipless(merge_tolerance),
-            SlimAttention(
-                slim_mode,
-                slim_tolerance,
-                None,
-                cache_dtype,
-                positions,
-                encoder_dtype=encoder_dtype,
-            ),
-            PrecomputeFirstLayer(max_growth=max_growth, bar=display.bar),
-        ]
         return run_optimize(
             source,
             output,
-            **selected(passes, enable, skip, options),
+            **chosen.selected(display),
             verify=not no_verify,
             dry_run=dry_run,
             progress=display,
@@ -122,6 +83,7 @@ def optimize(
 
 
 @app.command()
+@takes_passes
 def export(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="A folder with a checkpoint of Transformers.")
@@ -129,17 +91,8 @@ def export(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="A folder.")],
     task: Annotated[str, typer.Option(help="What for, as Optimum names it.")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="The type of the weights.")] = "fp32",
-    passes: PassesOption = None,
-    enable: EnableOption = None,
-    skip: SkipOption = None,
-    shared_weights: SharedWeightsOption = FoldNorm.shared_weights,
-    max_growth: MaxGrowthOption = PrecomputeFirstLayer.max_growth,
-    merge_tolerance: MergeToleranceOption = MergeSkipless.tolerance,
-    slim_mode: SlimModeOption = SlimAttention.mode,
-    slim_tolerance: SlimToleranceOption = SlimAttention.tolerance,
-    cache_dtype: CacheTypeOption = SlimAttention.cache_dtype,
-    encoder_dtype: EncoderTypeOption = SlimAttention.encoder_dtype,
-    positions: PositionsOption = SlimAttention.positions,
+    *,
+    chosen: PassOptions,
     report: ReportOption = None,
     no_verify: NoVerifyOption = False,
     verbose: VerboseOption = False,
@@ -148,25 +101,12 @@ def export(
     """Export MODEL to ONNX with Optimum, optimise it, and write the result to OUT."""
 
     def run(display: Display) -> Report:
-        options: list[Pass] = [
-            FoldNorm(shared_weights),
-            MergeSkipless(merge_tolerance),
-            SlimAttention(
-                slim_mode,
-                slim_tolerance,
-                None,
-                cache_dtype,
-                positions,
-                encoder_dtype=encoder_dtype,
-            ),
-            PrecomputeFirstLayer(max_growth=max_growth, bar=display.bar),
-        ]
         return run_export(
             model,
             output,
             task=task,
             dtype=dtype,
-            **selected(passes, enable, skip, options),
+            **chosen.selected(display),
             verify=not no_verify,
             progress=display,
         ).report
