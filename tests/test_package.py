@@ -26,11 +26,12 @@ MAY_IMPORT = {
     "patterns": {"errors", "graph", "weights"},
     "operators": {"graph"},
     "runtime": {"errors", "graph", "operators"},
+    "fold": {"graph", "patterns", "weights"},
     "slim": {"errors", "graph", "latent", "operators", "patterns", "rewrite", "runtime"},
     "skipless": {"graph", "latent", "patterns", "weights"},
     "verify": {"errors", "graph", "operators", "rewrite", "runtime"},
     "passes": {
-        *("errors", "graph", "latent", "operators", "patterns"),
+        *("errors", "fold", "graph", "latent", "operators", "patterns"),
         *("rewrite", "runtime", "skipless", "slim", "weights"),
     },
     "models": {"errors", "graph", "patterns", "rewrite", "weights"},
