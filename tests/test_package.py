@@ -27,11 +27,12 @@ MAY_IMPORT = {
     "operators": {"graph"},
     "runtime": {"errors", "graph", "operators"},
     "fold": {"graph", "patterns", "weights"},
+    "first_layer": {"graph", "patterns", "runtime"},
     "slim": {"errors", "graph", "latent", "operators", "patterns", "rewrite", "runtime"},
     "skipless": {"graph", "latent", "patterns", "weights"},
     "verify": {"errors", "graph", "operators", "rewrite", "runtime"},
     "passes": {
-        *("errors", "fold", "graph", "latent", "operators", "patterns"),
+        *("errors", "first_layer", "fold", "graph", "latent", "operators", "patterns"),
         *("rewrite", "runtime", "skipless", "slim", "weights"),
     },
     "models": {"errors", "graph", "patterns", "rewrite", "weights"},

@@ -84,6 +84,11 @@ class Region:
         assert isinstance(state, Row)
         return state
 
+    @property
+    def lookup(self) -> ir.Node:
+        """The first node that looks up the ids in a table."""
+        return next(one.node for one in self.operations if one.lookup)
+
     @cached_property
     def nodes(self) -> set[ir.Node]:
         """All nodes that compute rows of the region, every copy of every operation."""

@@ -1,0 +1,1 @@
+"""What a first layer costs as a table, and the lookup that takes its place."""
