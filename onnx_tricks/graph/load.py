@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 
 from onnx_tricks.errors import ModelError
@@ -18,6 +19,7 @@ from onnx_tricks.graph.traverse import bodies, initializers
 
 __all__ = ["LoadedModel", "load_model"]
 
+_DEFAULTS_SINCE = 4  # the IR version since which initializers need not be inputs
 _TENSOR_ATTRIBUTES = (ir.AttributeType.TENSOR, ir.AttributeType.TENSORS)
 
 
@@ -53,6 +55,7 @@ def load_model(path: Path) -> LoadedModel:
     data = DataFiles(path)
     try:
         proto = read_proto(path)
+        _normalize(proto)
         in_order = check_model(proto, data)
         model = ir.serde.deserialize_model(proto)
         if not in_order:
@@ -64,6 +67,21 @@ def load_model(path: Path) -> LoadedModel:
     except ir.serde.SerdeError as error:
         raise ModelError(f"{path}: the model is broken: {_root_cause(error)}") from error
     return LoadedModel(model, _attach_weights(model, data))
+
+
+def _normalize(proto: onnx.ModelProto) -> None:
+    """Spell in today's way what older or other tools spell otherwise."""
+    for body in (proto, *proto.functions):
+        for entry in body.opset_import:
+            if entry.domain == "ai.onnx":  # a second name of the default domain
+                entry.domain = ""
+    if 0 < proto.ir_version < _DEFAULTS_SINCE:
+        # Every initializer had to be listed as an input then, and none could be overridden.
+        weights = {tensor.name for tensor in proto.graph.initializer}
+        inputs = [value for value in proto.graph.input if value.name not in weights]
+        del proto.graph.input[:]
+        proto.graph.input.extend(inputs)
+        proto.ir_version = _DEFAULTS_SINCE
 
 
 def _sort(model: ir.Model) -> None:
@@ -81,6 +99,14 @@ def _attach_weights(model: ir.Model, data: DataFiles) -> DataLayout:
     def attached(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
         if not isinstance(tensor, ir.ExternalTensor):
             return tensor
+        if not tensor.nbytes:  # onnx_ir cannot write external tensors of no bytes
+            return ir.Tensor(
+                tensor.numpy(),
+                tensor.dtype,
+                name=tensor.name,
+                doc_string=tensor.doc_string,
+                metadata_props=dict(tensor.metadata_props),
+            )
         location = str(tensor.location)
         if location == EMBEDDED:
             return FileTensor(data.model.resolve(), tensor)

@@ -32,6 +32,7 @@ EMBEDDED = "\0"
 _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 _FIXED_BYTES = {_FIXED64: 8, _FIXED32: 4}
 _MAX_VARINT_BYTES = 10
+_ORT_FORMAT = b"ORTM"  # the file identifier of its flatbuffers, after four bytes
 
 _GRAPH = onnx.ModelProto.GRAPH_FIELD_NUMBER
 _INITIALIZER = onnx.GraphProto.INITIALIZER_FIELD_NUMBER
@@ -77,6 +78,11 @@ def read_proto(path: Path) -> onnx.ModelProto:
             path.open("rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
         ):
+            if data[4:8] == _ORT_FORMAT:
+                raise ModelError(
+                    "a model in ONNX Runtime's own format (.ort); give the .onnx file that it was "
+                    "made from"
+                )
             proto = onnx.ModelProto()
             proto.ParseFromString(_without_weights(data))
             _require_text(proto)

@@ -96,8 +96,11 @@ def _both_in_float64(pair: Pair, wide: Source, refusal: SessionError) -> Compari
     if exact is None or nudged is None:
         raise NotComparable(f"ONNX Runtime refuses the original ({refusal}); {note}")
     pair.progress("running both in float64")
-    expected = pair.first_outputs(wide)
-    original = list(pair.run(nudged()))
+    try:
+        expected = pair.first_outputs(wide)
+        original = list(pair.run(nudged()))
+    except SessionError:  # it is not for its type that it is refused
+        raise NotComparable(f"ONNX Runtime refuses the original: {refusal}") from refusal
     tally = Tally(eps=SINGLE)
     pair.measure(tally, expected, original, pair.run_candidate(exact))
     note = (

@@ -14,9 +14,12 @@ import pytest
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from onnx_tricks.errors import ModelError
+from onnx_tricks.graph.constants import stored_tensor
 from onnx_tricks.graph.file_tensor import FileTensor
+from onnx_tricks.graph.layout import DataLayout
 from onnx_tricks.graph.load import load_model
 from onnx_tricks.graph.protobuf import length_delimited
+from onnx_tricks.graph.save import save_model
 
 _FLOATS = 512
 
@@ -202,6 +205,42 @@ def test_external_entries_that_disagree_with_the_file_or_the_shape_are_refused(
     assert message in str(caught.value)
 
 
+def test_external_data_of_no_bytes_is_read_and_written_again(tmp_path: Path) -> None:
+    _data(tmp_path / "w.data")
+    model = _external("w.data")
+    empty = model.graph.initializer.add(name="empty", data_type=TensorProto.INT64, dims=[0])
+    empty.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", "w.data"), ("offset", "2048"), ("length", "0")):
+        empty.external_data.add(key=key, value=value)
+    loaded = load_model(_save(model, tmp_path / "m.onnx"))
+    save_model(loaded.model, tmp_path / "out.onnx", DataLayout(("out.data",)))
+    (written,) = (t for t in onnx.load(tmp_path / "out.onnx").graph.initializer if t.dims == [0])
+    assert numpy_helper.to_array(written).shape == (0,)
+
+
+def test_the_default_domain_by_its_long_name_is_the_default_domain(tmp_path: Path) -> None:
+    model = _model()
+    model.opset_import[0].domain = "ai.onnx"
+    model.graph.node[0].domain = "ai.onnx"
+    loaded = load_model(_save(model, tmp_path / "m.onnx")).model
+    assert loaded.opset_imports == {"": 18}
+    assert loaded.graph[0].domain == ""
+
+
+@pytest.mark.parametrize(("version", "constant"), [(3, True), (8, False)])
+def test_weights_that_are_inputs_too_are_constants_only_in_old_files(
+    tmp_path: Path, version: int, constant: bool
+) -> None:
+    model = _model()
+    model.ir_version = version
+    model.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [16, 32]))
+    loaded = load_model(_save(model, tmp_path / "m.onnx")).model
+    weight = loaded.graph.initializers["w"]
+    assert (stored_tensor(weight) is not None) is constant
+    assert [value.name for value in loaded.graph.inputs] == (["x"] if constant else ["x", "w"])
+    assert loaded.ir_version == max(version, 4)
+
+
 def test_missing_external_data_is_named(tmp_path: Path) -> None:
     path = _save(_external("w.data"), tmp_path / "m.onnx")
     with pytest.raises(ModelError, match=r"w\.data' cannot be read.*belongs beside m\.onnx"):
@@ -223,6 +262,7 @@ def test_files_that_hold_no_model_are_refused(tmp_path: Path) -> None:
         ("text", b"hello, this is a text and no model at all\n", "not an ONNX model"),
         ("truncated", whole[: len(whole) // 2], "truncated"),
         ("headless", onnx.ModelProto(ir_version=8).SerializeToString(), "no graph"),
+        ("model.ort", bytes([24, 0, 0, 0]) + b"ORTM" + bytes(100), "format .* give the .onnx file"),
         ("zip", b"PK\x03\x04" + bytes(100), "not an ONNX model"),
     ):
         path = tmp_path / name

@@ -235,6 +235,19 @@ def test_an_original_that_does_not_run_is_skipped_with_the_runtimes_message(toy,
     assert "example.com" in result.message
 
 
+def test_an_original_newer_than_the_runtime_is_skipped_with_the_runtimes_message(
+    toy, edited
+) -> None:
+    def age(model: onnx.ModelProto) -> None:
+        model.ir_version = 99
+
+    path = edited(toy("y = MatMul(x, w)"), age)
+    result = verify(path, path)
+    assert result.status == "skipped"
+    assert "ONNX Runtime refuses the original" in result.message
+    assert "Unsupported model IR version: 99" in result.message
+
+
 def test_folders_are_paired_by_name_and_the_worst_counts(toy, tmp_path, edited) -> None:
     before, after = tmp_path / "before", tmp_path / "after"
     before.mkdir()
