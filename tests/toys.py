@@ -51,6 +51,7 @@ def weights(seed: int = 0) -> dict[str, np.ndarray]:
         "ones": np.ones(D),
         "zeros": np.zeros(D),
         "one": np.ones(()),
+        "zero": np.zeros(()),
         "two": np.full((), 2.0),
         "half": np.full((), 0.5),
         "minus_half": np.full((), -0.5),

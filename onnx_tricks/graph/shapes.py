@@ -12,6 +12,8 @@ __all__ = ["annotate", "dim", "dtype_of", "rank_of", "shape_of"]
 
 _SHAPE = "onnx_tricks.shape"
 _DTYPE = "onnx_tricks.dtype"
+_SHAPE_INPUT = {"ConstantOfShape": 0, "Reshape": 1}  # which input holds the shape of the output
+_ROUNDS = 3  # a shape may be computed from the rank of what a shape was computed for
 _LARGE = 1024  # bytes; larger constants go to shape inference without their data
 
 
@@ -59,24 +61,65 @@ def annotate(model: ir.Model) -> None:
     if all(_known(value) for value in _values(model)):
         return
     skeleton = model.clone()
+    ours = _name_apart(model, skeleton)
     _drop_weights(skeleton)
+    inferred = _inferred(skeleton)
+    # Below opset 13 inference knows nothing of what lies behind a computed Reshape.
+    for _ in range(_ROUNDS):
+        if inferred is None or not _state_ranks(inferred):
+            break
+        skeleton, inferred = inferred, _inferred(inferred)
+    for other in _values(inferred or skeleton):
+        value = ours.get(other.name or "")
+        if value is None:
+            continue
+        if other.shape is not None:
+            value.meta[_SHAPE] = other.shape
+        if other.dtype is not None:
+            value.meta[_DTYPE] = other.dtype
+
+
+def _inferred(model: ir.Model) -> ir.Model | None:
+    """A copy with shapes and types; None where ONNX rejects the model."""
     try:
         proto = onnx.shape_inference.infer_shapes(
-            ir.to_proto(skeleton), check_type=False, strict_mode=False, data_prop=True
+            ir.to_proto(model), check_type=False, strict_mode=False, data_prop=True
         )
-        inferred = ir.from_proto(proto)
+        return ir.from_proto(proto)
     except Exception:  # noqa: BLE001 - inference is a help; a pass asks for what it needs
-        return
-    for ours, theirs in zip(model.graphs(), inferred.graphs(), strict=False):
-        known = ir.convenience.create_value_mapping(theirs)
-        for name, value in ir.convenience.create_value_mapping(ours).items():
-            other = known.get(name)
-            if other is None:
-                continue
-            if other.shape is not None:
-                value.meta[_SHAPE] = other.shape
-            if other.dtype is not None:
-                value.meta[_DTYPE] = other.dtype
+        return None
+
+
+def _name_apart(model: ir.Model, copy: ir.Model) -> dict[str, ir.Value]:
+    """Name all values of a copy apart: which value of the model each name is.
+
+    Branches may use the same names for their own values, and inference then takes the shapes that
+    one branch computes for those of another.
+    """
+    named: dict[str, ir.Value] = {}
+    for value, twin in zip(_values(model), _values(copy), strict=True):
+        if twin.name:
+            twin.name = f"onnx_tricks.value.{len(named)}"
+            named[twin.name] = value
+    return named
+
+
+def _state_ranks(model: ir.Model) -> bool:
+    """State the ranks that follow from the lengths of shapes; whether there were any."""
+    found = False
+    for value in _values(model):
+        node = value.producer()
+        assert node is not None
+        place = _SHAPE_INPUT.get(node.op_type) if node.domain == "" else None
+        known = value.shape is not None or value.dtype is None  # no shape is written without a type
+        if place is None or known or len(node.inputs) <= place:
+            continue
+        wanted = node.inputs[place]
+        length = dim(wanted, 0) if wanted is not None and rank_of(wanted) == 1 else None
+        if length is not None:
+            value.shape = ir.Shape([None] * length)
+            found = True
+    return found
 
 
 def _values(model: ir.Model) -> list[ir.Value]:

@@ -101,11 +101,9 @@ class Extents:
             if stated is None:
                 return None
             made = (None,) * len(stated)
-        # What branches of one name contradict each other in, a rule of the operator decides.
-        agreed = stated is None or len(stated) == len(made)
         found = []
         for axis, one in zip(range(-len(made), 0), made, strict=True):
-            known = self._learned.get((value, axis), dim(value, axis) if agreed else None)
+            known = self._learned.get((value, axis), dim(value, axis))
             unnamed = Length(1, (f"{value.name}.{id(value)}[{axis}]",))
             found.append(one or unnamed if known is None else Length(known))
         return tuple(found)
@@ -224,6 +222,8 @@ def _named(
 ) -> Length | None:
     if left is None or right is None:
         return None
+    if op_type == "Div" and not fractions and not left.symbols and not right.symbols:
+        return Length(left.factor // right.factor) if min(left.factor, right.factor) > 0 else None
     texts = [_text(left), _text(right)]
     if op_type in ("Add", "Max", "Min", "Mul"):
         texts.sort()

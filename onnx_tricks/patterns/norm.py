@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from onnx_tricks.graph.constants import evaluate, is_constant, scalar
 from onnx_tricks.graph.shapes import dim, dtype_of
+from onnx_tricks.patterns.difference import scaled_difference
 from onnx_tricks.patterns.interior import interior
 from onnx_tricks.patterns.product import Factor, factors, skip_casts
 from onnx_tricks.patterns.statistic import (
@@ -121,11 +122,15 @@ class OpaqueNorm:
 def find_norms(model: ir.Model) -> Iterator[Norm | OpaqueNorm]:
     """Yield every norm of a model in execution order, inner graphs included."""
     outputs: set[ir.Value] = set()
+    whole = {node: norm for node in model.graph.all_nodes() if (norm := _multiplied_out(node))}
+    parts = {part for norm in whole.values() for part in interior(norm.output, norm.source)}
     for node in model.graph.all_nodes():
         found: Norm | OpaqueNorm | None = None
         if (node.domain, node.op_type) in FUSED_NORMS:
             found = _fused(node)
-        elif node.domain == "" and node.op_type in ("Mul", "Div"):
+        elif node in whole:
+            found = whole[node]
+        elif node.domain == "" and node.op_type in ("Mul", "Div") and node not in parts:
             # A norm times a number is a reader of the norm, not one more norm.
             operands = [v for v in node.inputs if v is not None]
             if not any(skip_casts(v) in outputs for v in operands) or not any(
@@ -225,6 +230,49 @@ def _decomposed(node: ir.Node) -> Norm | OpaqueNorm | None:
         bias=bias,
         epsilon=epsilon,
         core=tuple(core),
+    )
+
+
+def _multiplied_out(node: ir.Node) -> Norm | None:
+    """Read a sum as a LayerNorm over the last axis whose scale was multiplied out."""
+    found = scaled_difference(node, -1)
+    if found is None:
+        return None
+    constants = [factor for factor in found.scale if factor.constant]
+    statistics = [factor for factor in found.scale if not factor.constant]
+    gain = _gain(constants)
+    if gain is None or gain[1] != -1 or [one.exponent for one in statistics] != [Fraction(-1, 2)]:
+        return None
+    measured = mean_square(statistics[0].value, -1)
+    if measured is None:
+        return None
+    centre = measured.source if measured.variance else centred(measured.source, -1)
+    if centre is not found.source:
+        return None
+    width = gain[0].size
+    output, added = _with_bias(node.outputs[0], width, -1)
+    biases = [] if added is None else [added]
+    for sign, value in found.constants:
+        array = evaluate(value)
+        if (
+            array is None
+            or array.size not in (1, width)
+            or array.size != max(array.shape[-1:], default=1)
+        ):
+            return None
+        biases.append(sign * _vector(array, width))
+    producer = output.producer()
+    assert producer is not None
+    return Norm(
+        kind="layer",
+        node=producer,
+        output=output,
+        dtype=dtype_of(output) or _constant_type(constants),
+        source=found.source,
+        axis=-1,
+        gain=gain[0],
+        bias=np.sum(biases, axis=0) if biases else None,
+        epsilon=measured.epsilon,
     )
 
 

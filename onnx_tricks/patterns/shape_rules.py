@@ -21,7 +21,6 @@ PartlyKnown = tuple[Length | None, ...]
 _Shapes = Sequence[Lengths | None]
 _Numbers = Sequence[Sizes | None]
 _ONE = Length()
-_WHOLE = (0, 2**31 - 1)  # a slice that cuts nothing off
 
 
 def lengths_after(node: ir.Node, shapes: _Shapes, numbers: _Numbers) -> PartlyKnown | None:
@@ -60,7 +59,9 @@ def axes_of(node: ir.Node, position: int) -> list[int] | None:
     if "axes" in node.attributes:
         return list(node.attributes["axes"].as_ints())
     array = evaluate(node.inputs[position]) if len(node.inputs) > position else None
-    return None if array is None else [int(axis) for axis in array.reshape(-1)]
+    if array is None or array.dtype.kind != "i":
+        return None
+    return [int(axis) for axis in array.reshape(-1)]
 
 
 def _widest(shapes: Iterable[Lengths | PartlyKnown | None]) -> PartlyKnown | None:
@@ -186,12 +187,17 @@ def _squeeze(node: ir.Node, source: Lengths, _: _Shapes, __: _Numbers) -> Partly
     return tuple(one for place, one in enumerate(source) if place not in gone)
 
 
-def _slice(node: ir.Node, source: Lengths, _: _Shapes, __: _Numbers) -> PartlyKnown | None:
+def _slice(node: ir.Node, source: Lengths, _: _Shapes, numbers: _Numbers) -> PartlyKnown | None:
     axes = axes_of(node, 3)
     if axes is None:
         return None
-    cut = {axis % len(source) for axis in axes}
-    return tuple(None if place in cut else one for place, one in enumerate(source))
+    given = [None if one is None else one.numbers for one in (*numbers[1:3], *numbers[4:])]
+    lengths: list[Length | None] = list(source)
+    for place, axis in enumerate(axes):
+        length, ends = source[axis], [int(one[place]) for one in given if one is not None]
+        known = not length.symbols and len(ends) == len(given) > 1
+        lengths[axis] = Length(len(range(length.factor)[slice(*ends)])) if known else None
+    return tuple(lengths)
 
 
 def _gather(node: ir.Node, source: Lengths, shapes: _Shapes, _: _Numbers) -> PartlyKnown | None:
@@ -222,9 +228,27 @@ def _expand(_: ir.Node, source: Lengths, __: _Shapes, numbers: _Numbers) -> Part
     return _widest([source, tuple(asked)])
 
 
+def _filled(_: ir.Node, __: Lengths, ___: _Shapes, numbers: _Numbers) -> PartlyKnown | None:
+    return None if numbers[0] is None else numbers[0].entries
+
+
+def _range(_: ir.Node, __: Lengths, ___: _Shapes, numbers: _Numbers) -> PartlyKnown | None:
+    start, limit, step = (None if one is None else one.entries[0] for one in numbers)
+    counted = (start, step) == (Length(0), _ONE)
+    return (limit if counted and limit is not None and limit.factor > 0 else None,)
+
+
+def _tile(_: ir.Node, source: Lengths, __: _Shapes, numbers: _Numbers) -> PartlyKnown | None:
+    if numbers[1] is None:
+        return None
+    times = zip(source, numbers[1].entries, strict=True)
+    return tuple(None if many is None else one.times(many) for one, many in times)
+
+
 _RULES: dict[str, Callable[[ir.Node, Lengths, _Shapes, _Numbers], PartlyKnown | None]] = {
     "AveragePool": _pool,
     "Concat": _concat,
+    "ConstantOfShape": _filled,
     "Conv": _conv,
     "Expand": _expand,
     "Flatten": _flatten,
@@ -234,10 +258,12 @@ _RULES: dict[str, Callable[[ir.Node, Lengths, _Shapes, _Numbers], PartlyKnown | 
     "GlobalMaxPool": _pool,
     "MatMul": _matmul,
     "MaxPool": _pool,
+    "Range": _range,
     "Reshape": _reshape,
     "Slice": _slice,
     "Split": _split,
     "Squeeze": _squeeze,
+    "Tile": _tile,
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
 }

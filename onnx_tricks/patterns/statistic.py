@@ -17,13 +17,15 @@ __all__ = [
     "MeanSquare",
     "centred",
     "is_row_statistic",
+    "mean_of",
     "mean_square",
     "measured_values",
     "reduced_axes",
 ]
 
 _REDUCTIONS = frozenset(
-    "ReduceMean ReduceSum ReduceSumSquare ReduceL1 ReduceL2 ReduceMax ReduceMin".split()
+    "GlobalAveragePool ReduceMean ReduceSum ReduceSumSquare ReduceL1 ReduceL2 ReduceMax "
+    "ReduceMin".split()
 )
 _ELEMENTWISE = frozenset(
     "Abs Add Cast Clip Div Identity Max Min Mul Neg Pow Reciprocal Sqrt Sub".split()
@@ -101,12 +103,17 @@ def mean_square(value: ir.Value, axis: int) -> MeanSquare | None:
         if len(known) != 1 or len(rest) != 1:
             return None
         epsilon, value = known[0], skip_casts(rest[0])
+    floored = _node(value, "Max")  # below 0 a variance is by rounding alone
+    if floored is not None and len(floored.inputs) == 2 and floored.inputs[0] is not None:
+        if scalar(floored.inputs[1]) != 0:
+            return None
+        value = skip_casts(floored.inputs[0])
     variance = _node(value, "Sub")
     if variance is not None:
         squares, mean = variance.inputs
         source = _mean_of_squares(squares, axis)
         inner = _square_root(mean)
-        if source is None or inner is None or _mean_of(inner, axis) is not source:
+        if source is None or inner is None or mean_of(inner, axis) is not source:
             return None
         return MeanSquare(source, epsilon, variance=True)
     source = _mean_of_squares(value, axis)
@@ -119,11 +126,11 @@ def centred(value: ir.Value, axis: int) -> ir.Value | None:
     if node is None or node.inputs[0] is None:
         return None
     source = skip_casts(node.inputs[0])
-    return source if _mean_of(node.inputs[1], axis) is source else None
+    return source if mean_of(node.inputs[1], axis) is source else None
 
 
 def _mean_of_squares(value: ir.Value | None, axis: int) -> ir.Value | None:
-    mean = _mean_of(value, axis)
+    mean = mean_of(value, axis)
     if mean is not None:
         return _square_root(mean)
     if value is None:
@@ -156,9 +163,11 @@ def _sum_over_width(value: ir.Value, axis: int) -> ir.Value | None:
     return None
 
 
-def _mean_of(value: ir.Value | None, axis: int) -> ir.Value | None:
+def mean_of(value: ir.Value | None, axis: int) -> ir.Value | None:
     """The x of a mean over exactly `axis` that keeps the axis, before casts."""
-    node = _node(skip_casts(value), "ReduceMean") if value is not None else None
+    node = None
+    if value is not None:
+        node = _node(skip_casts(value), "ReduceMean", "GlobalAveragePool")
     if node is None or node.inputs[0] is None or not _reduces(node, axis):
         return None
     return skip_casts(node.inputs[0])
@@ -170,6 +179,9 @@ def _reduces(node: ir.Node, axis: int) -> bool:
 
 def _axes_of(node: ir.Node) -> tuple[int, ...] | None:
     """The axes of a reduction that keeps them, counted from the end."""
+    if node.op_type == "GlobalAveragePool":  # on [B, T, D] the mean of a row, as tf2onnx has it
+        rank = rank_of(node.outputs[0])
+        return None if rank is None else tuple(range(2 - rank, 0))
     if node.attributes.get_int("keepdims", 1) == 0 or node.inputs[0] is None:
         return None
     return reduced_axes(node.inputs[0], axes_of(node, 1))

@@ -49,6 +49,17 @@ LAYER = {
     "mean of squares": CENTRED
     + "p = Mul(x, x) m = ReduceMean<keepdims=1>(p, last) q = Mul(mu, mu) v = Sub(m, q) "
     "a = Add(v, eps) r = Sqrt(a) n = Div(d, r) k = Mul(n, g) z = Add(k, beta)",
+    "multiplied out": VARIANCE
+    + "r = Sqrt(a) i = Reciprocal(r) s = Mul(i, g3) e = Neg(mu) l = Mul(x, s) k = Mul(e, s) "
+    "h = Add(k, beta) z = Add(l, h)",
+    "multiplied out, the mean subtracted": VARIANCE
+    + "r = Sqrt(a) i = Reciprocal(r) s = Mul(i, g) k = Mul(mu, s) h = Sub(beta, k) l = Mul(x, s) "
+    "z = Add(h, l)",
+    "multiplied out, no bias": VARIANCE
+    + "r = Sqrt(a) i = Reciprocal(r) s = Mul(i, g) l = Mul(x, s) k = Mul(mu, s) z = Sub(l, k)",
+    "a variance floored at zero": CENTRED
+    + "p = Mul(x, x) m = ReduceMean<keepdims=1>(p, last) q = Mul(mu, mu) v0 = Sub(m, q) "
+    "v = Max(v0, zero) a = Add(v, eps) r = Sqrt(a) n = Div(d, r) k = Mul(n, g) z = Add(k, beta)",
 }
 FUSED = {
     "LayerNormalization": (18, "z = LayerNormalization<epsilon=0.00001>(x, g, beta)"),
@@ -207,6 +218,17 @@ def test_every_spelling_of_a_layer_norm_folds(spelling: str, opset: int, kind: s
     after = check(body, kind, opset)
     assert sum(node.op_type == "LayerNormalization" for node in after.graph.node) == (
         opset == 18 and kind != "double"
+    )
+
+
+@pytest.mark.parametrize("opset", [13, 18])
+def test_a_norm_that_pools_the_channels_of_its_rows_folds(opset: int) -> None:
+    check(
+        "mu = GlobalAveragePool(x) d = Sub(x, mu) p = Mul(d, d) m = GlobalAveragePool(p) "
+        "a = Add(m, eps) r = Sqrt(a) i = Reciprocal(r) s = Mul(i, g) e = Neg(mu) l = Mul(x, s) "
+        "k = Mul(e, s) h = Add(k, beta) z = Add(l, h) y = MatMul(z, w)",
+        "float",
+        opset,
     )
 
 

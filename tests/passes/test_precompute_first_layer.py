@@ -124,8 +124,8 @@ PARALLEL_CASES = {
     "experts": Case(
         FFN,
         "l = MatMul(n, w_router) top, best = TopK<axis=-1>(l, two_of) "
-        "gate = Softmax<axis=-1>(top) zero = Mul(l, zeros_row) "
-        "spread = ScatterElements<axis=-1>(zero, best, gate) n1 = Unsqueeze(n, axis2) "
+        "gate = Softmax<axis=-1>(top) nothing = Mul(l, zeros_row) "
+        "spread = ScatterElements<axis=-1>(nothing, best, gate) n1 = Unsqueeze(n, axis2) "
         "n2 = Unsqueeze(n1, axis2) u = MatMul(n2, w_experts) r = Relu(u) o = MatMul(r, w_back) "
         "o1 = Squeeze(o, axis3) chosen = Unsqueeze(spread, last) o2 = Mul(o1, chosen) "
         "f = ReduceSum<keepdims=0>(o2, axis2) ",

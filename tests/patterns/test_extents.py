@@ -21,6 +21,12 @@ EQUAL = {
     + "i = Cast<to=7>(d) j = Div(i, pair) p = Mul(j, pair) "
     "k = Ceil(h) m = Mul(two, k) q = Cast<to=7>(m)",
     "quotients of the same": "p = Div(n0, pair) q = Div(n0, pair)",
+    "a value filled to a shape": "f = ConstantOfShape(n1) sf = Shape(f) p = Identity(sf) "
+    "q = Identity(n1)",
+    "a range counted to a length": "count = Squeeze(n1, axis0) zero_i = Sub(index, index) "
+    "by = Squeeze(axis1, axis0) f = Range(zero_i, count, by) p = Shape(f) q = Identity(n1)",
+    "a half of a known axis": "sx3 = Slice(x, axis0, half_width, pair) a = Shape(sx3) "
+    "p = Gather(a, pair) q = Identity(half_width)",
 }
 UNEQUAL = {
     "two lengths": "p = Identity(n0) q = Identity(n1)",
@@ -66,3 +72,10 @@ def test_what_may_differ_is_not_equal(case: str) -> None:
     )
     assert first is not None
     assert first != second
+
+
+def test_a_range_from_elsewhere_has_another_length() -> None:
+    body = SIDES + "count = Squeeze(n1, axis0) by = Squeeze(axis1, axis0) u = Range(by, count, by) "
+    (found, given) = shapes(body + "y = Expand(one, n1)", "u", "y")
+    assert found is not None
+    assert found != given
