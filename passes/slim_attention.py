@@ -16,7 +16,7 @@ from onnx_tricks.patterns.dry_run import DryRun
 from onnx_tricks.rewrite import Pass, Site, Skip
 from onnx_tricks.slim.calibration import sample_inputs
 from onnx_tricks.slim.dimensions import Length
-from onnx_tricks.slim.entrance import choose_phase, narrow_source
+from onnx_tricks.slim.entrance import Entrance, choose_phase
 from onnx_tricks.slim.forms import form_of, sharing
 from onnx_tricks.slim.layers import Layer, find_layers
 from onnx_tricks.slim.layout import (
@@ -55,10 +55,12 @@ class SlimSite(Site):
     Attributes:
         plans: What each of them caches.
         forms: The form of each operator.
+        left: Why the other layers stay as they are.
     """
 
     plans: tuple[LayerPlan, ...] = ()
     forms: dict[str, Form] = dataclasses.field(default_factory=dict)
+    left: tuple[Skip, ...] = ()
 
     def details(self) -> list[dict[str, Any]]:
         """What each layer caches, and what that costs."""
@@ -111,33 +113,46 @@ class SlimAttention(Pass):
 
     def sites(self, model: ir.Model) -> Iterator[Site | Skip]:
         """Yield the layers that can cache less, as one site, and why the others cannot."""
-        if self.mode == "off" or STATE_KEY in model.metadata_props:
+        if self.mode == "off":
+            return
+        if STATE_KEY in model.metadata_props:
+            # All layers are rewritten at once; the file tells which were left, and why.
+            left = json.loads(model.metadata_props[STATE_KEY]).get("left", [])
+            yield from (Skip(one["node"], one["reason"]) for one in left)
             return
         opset = model.opset_imports.get("", 1)
         plans: list[LayerPlan] = []
+        skips: list[Skip] = []
         cache, encoder = (_CACHE_TYPES.get(one) for one in (self.cache_dtype, self.encoder_dtype))
         options = Options(self.mode, self.tolerance, self.rank, cache, encoder)
         layers: list[Layer] = []
         for layer in find_layers(model):
             if isinstance(layer, Skip):
-                yield layer
+                skips.append(layer)
             elif opset < _OLDEST_OPSET:
-                yield Skip(layer.label, f"opset {opset} is too old: export with opset 13 or newer")
+                reason = f"opset {opset} is too old: export with opset 13 or newer"
+                skips.append(Skip(layer.label, reason))
             else:
                 layers.append(layer)
         inputs = self._inputs(model, [one for one in layers if needs_inputs(one, options)])
         mask = find_mask(model)
         found = [plan_layer(layer, options, inputs.get(layer), mask) for layer in layers]
-        yield from (one for one in found if isinstance(one, Skip))
+        skips += [one for one in found if isinstance(one, Skip)]
         for plan in sharing(one for one in found if isinstance(one, LayerPlan)):
             if isinstance(plan, Skip):
-                yield plan
+                skips.append(plan)
             else:
                 plans.append(plan)
         plans = _with_residuals(plans, options, inputs, mask)
+        yield from skips
         if plans:
-            label = plans[0].layer.label
-            yield SlimSite(label, count=len(plans), plans=tuple(plans), forms=form_of(plans, opset))
+            yield SlimSite(
+                plans[0].layer.label,
+                count=len(plans),
+                plans=tuple(plans),
+                forms=form_of(plans, opset),
+                left=tuple(skips),
+            )
 
     def stricter(self) -> Self | None:
         """The pass with a lower tolerance, while there is one that may help."""
@@ -158,13 +173,15 @@ class SlimAttention(Pass):
         assert isinstance(site, SlimSite)
         run = DryRun(model)
         angles = Angles(model, run, keep=self.positions == "state")
-        masks = Masks(model)
+        masks, entrance = Masks(model), Entrance(model)
         changes: dict[str, list[State]] = {}
         gone: dict[ir.Value, list[Length]] = {}
         for plan in site.plans:
             form = site.forms[plan.operator]
             weights = layer_weights(model, plan, form)
             past = add_states(model, plan)
+            if plan.operator == "SlimCrossAttention":
+                past["hidden"] = entrance.of(plan)
             gone |= gone_shapes(plan, past)
             leaving: dict[str, dict[ir.Graph, ir.Value]] = {}
             for view in plan.layer.views:
@@ -177,7 +194,7 @@ class SlimAttention(Pass):
         replace_outputs(model, changes)
         for plan in site.plans:
             if plan.operator == "SlimCrossAttention":
-                narrow_source(model, plan)
+                entrance.narrow(plan)
         angles.declare()
         free_shapes(model, gone, run)
         for value in gone:
@@ -186,6 +203,8 @@ class SlimAttention(Pass):
         layout, states = describe(site.plans), state_shapes(model, site.plans)
         free_shapes(model, states, run, going=False)
         remove_dead_nodes(model)
+        if site.left:
+            layout["left"] = [dataclasses.asdict(one) for one in site.left]
         layout["shared_buffers"] = may_be_buffers(states, site.forms)
         for operator, form in site.forms.items():
             function = operator_function(operator, form)

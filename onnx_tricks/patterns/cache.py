@@ -9,7 +9,13 @@ import onnx_ir as ir
 from onnx_tricks.patterns.axes import Axes
 from onnx_tricks.patterns.dry_run import DryRun
 
-__all__ = ["Cache", "appended", "input_behind", "is_lone", "leaving"]
+__all__ = ["STACKED", "Cache", "appended", "input_behind", "is_lone", "leaving"]
+
+STACKED = (
+    "it keeps keys and values in one tensor: export the decoder with a past of keys and one of "
+    "values for each layer, as Optimum does"
+)
+"""Why a cache that holds both is left alone."""
 
 _VIEWS = frozenset("Cast Identity Reshape Squeeze Transpose Unsqueeze".split())
 _MAX_NODES = 30

@@ -8,6 +8,7 @@ so a recogniser sees where each number goes, whatever operators the exporter cho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -71,9 +72,16 @@ class DryRun:
         self._shapes: dict[ir.Value, tuple[int, ...]] = {}
         self._arrays: dict[ir.Value, Array] = {}
         self._sizes = _sizes(model)
-        for value in model.graph.inputs:
-            self._declared(value)
-        self._run(model.graph)
+        self._rows: dict[str, int] = {}
+        for _ in range(2):
+            for value in model.graph.inputs:
+                self._declared(value)
+            self._run(model.graph)
+            if not self._rows:
+                break
+            self._sizes |= self._rows
+            for known in (self.order, self.parents, self._shapes, self._arrays, self._rows):
+                known.clear()
 
     def shape(self, value: ir.Value) -> tuple[int, ...] | None:
         """The shape of a value at the chosen sizes; None where it is unknown."""
@@ -215,11 +223,23 @@ class DryRun:
                     return None
                 array = np.broadcast_to(np.zeros((), np.int8), shape)
             operands.append(array)
+        if node.op_type == "Reshape" and shapes[0] is not None:
+            self._note_rows(node.inputs[0], shapes[0], operands[1])
         try:
             results = _several(OPERATORS[node.domain, node.op_type](node, *operands))
         except (ValueError, IndexError, TypeError, KeyError):
             return None
         return [result.shape for result in results]
+
+    def _note_rows(
+        self, source: ir.Value | None, shape: tuple[int, ...], target: Array | None
+    ) -> None:
+        """Note how many rows an input is to have where each of the batch stands for several."""
+        if source is None or not source.is_graph_input() or source.shape is None or target is None:
+            return
+        rows, rest = source.shape[0], int(np.prod(target[target != -1]))
+        if isinstance(rows, ir.SymbolicDim) and rows.value and rest > 0 and np.prod(shape) % rest:
+            self._rows[rows.value] = shape[0] * rest // math.gcd(rest, int(np.prod(shape[1:])))
 
     def _measure(self, node: ir.Node) -> None:
         source = node.inputs[0]

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_tricks.graph.constants import evaluate, is_constant
 from onnx_tricks.patterns.arithmetic import Array
 from onnx_tricks.patterns.block import Attention, OpaqueAttention
-from onnx_tricks.patterns.cache import Cache, input_behind, leaving
+from onnx_tricks.patterns.cache import STACKED, Cache, input_behind, leaving
 from onnx_tricks.patterns.heads import Heads, Operand, Tracer
 from onnx_tricks.patterns.linear import Linear, find_linear
 from onnx_tricks.patterns.merge import find_merged
@@ -177,11 +177,11 @@ def _with_half(tracer: Tracer, node: ir.Node, heads: Heads, half: int) -> Heads 
         parts = stack.inputs if stack is not None and stack.op_type == "Concat" else ()
         source = input_behind(parts[half]) if len(parts) == 2 else None
         if source is None:
-            return "it keeps keys and values in one input of the graph"
+            return STACKED
     taken = () if stacked is None else stacked.consumers()
     found = next((one.outputs[0] for one in taken if _takes(one, half)), None)
     if found is None:
-        return heads if past is None and not taken else "it keeps keys and values in one tensor"
+        return heads if past is None and not taken else STACKED
     left = leaving(tracer.run, found)
     new = heads.operand
     cache = Cache(source, new, found, left[1] if left else None, node, _CACHE_AXES)

@@ -45,6 +45,8 @@ class HeadNorm:
         epsilon: What is added to the mean square.
         gain: [G, K].
         shift: [G, K].
+        turned: Whether heads come rotated to it. The rotation keeps their size, and there is no
+            more to it than a gain: so all but the gain may as well come before.
     """
 
     whole: bool
@@ -52,6 +54,7 @@ class HeadNorm:
     epsilon: float
     gain: _Matrix
     shift: _Matrix
+    turned: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

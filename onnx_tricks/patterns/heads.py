@@ -24,7 +24,7 @@ from onnx_tricks.patterns.head_norm import HeadNorm, HeadNorms, NormPart, whole_
 from onnx_tricks.patterns.labels import Letters, Origin, head_table
 from onnx_tricks.patterns.linear import Linear
 from onnx_tricks.patterns.projection import Projection, linear_behind
-from onnx_tricks.patterns.rotary import Rotary, find_rotary
+from onnx_tricks.patterns.rotary import Rotary, find_rotary, keeps_size
 
 __all__ = ["Heads", "Operand", "Tracer"]
 
@@ -69,8 +69,8 @@ class Heads:
         cache: The cache that they are read from, if any.
         rotary: The rotation they went through, if any.
         rotated_last: Whether a cache keeps them as they were before the rotation.
-        norm: The norm they went through before the rotation, if any; a text where that is more
-            than an RMSNorm or a LayerNorm of each head or of all.
+        norm: The norm they went through, if any; a text where that is more than an RMSNorm or a
+            LayerNorm of each head or of all, or does not commute with the rotation before it.
         projection: The linear layer they come from; None where they are an input of the graph.
         input: The input of the graph that they are, where nothing computes them.
         inside: Whether a fused operator projects, rotates or appends them by itself, so that
@@ -407,8 +407,6 @@ class Tracer:
         """The norm on a path, its gain and shift channel by channel."""
         if path.normed is None:
             return None
-        if path.rotated_first:
-            return "are normalised after their rotation"
         place = np.full(origin.labels.shape[-1], -1)
         place[table] = np.arange(table.size).reshape(table.shape)
 
@@ -416,7 +414,15 @@ class Tracer:
             found: _Indices = place[origin.decode(self.run.replay(value, given))[2]]
             return found
 
-        return whole_norm(self.run, path.norms, path.normed, places, table.shape)
+        norm = whole_norm(self.run, path.norms, path.normed, places, table.shape)
+        if not path.rotated_first or isinstance(norm, str):
+            return norm
+        assert path.rotary is not None
+        if norm.centered or np.any(norm.shift):
+            return "are normalised after their rotation by more than their size and a gain"
+        if not keeps_size(path.rotary):
+            return "are normalised after a rotation of which nothing tells that it keeps their size"
+        return dataclasses.replace(norm, turned=True)
 
     def _scale(self, operand: Operand, state: ir.Value) -> float | None:
         """The number that the operand is times the state."""

@@ -10,15 +10,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from onnx_tricks.graph.constants import is_constant
+from onnx_tricks.graph.constants import evaluate, is_constant
 from onnx_tricks.graph.shapes import dtype_of
 from onnx_tricks.patterns.arithmetic import Array, flat_heads
 from onnx_tricks.patterns.dry_run import DryRun, Unknown
 
-__all__ = ["Rotary", "find_rotary"]
+__all__ = ["Rotary", "find_rotary", "keeps_size"]
 
 _MOVES = frozenset(
     "Cast Dropout Expand Flatten Gather GatherND Identity Reshape Slice Split Squeeze Tile "
@@ -101,6 +102,48 @@ def find_rotary(
                 idle,
             )
     return None
+
+
+def keeps_size(rotary: Rotary) -> bool:
+    """Whether a rotation is one of angles alone: nothing scales cos and sin."""
+    if rotary.inside is not None:
+        return False
+    (cos, factor), (sin, other) = (_angle_root(one) for one in (rotary.cos, rotary.sin))
+    table, second = evaluate(cos), evaluate(sin)
+    if table is not None and second is not None:
+        limit = 4 * float(ml_dtypes.finfo(table.dtype).eps)
+        size = np.hypot(factor * table.astype(np.float64), other * second.astype(np.float64))
+        return bool(np.allclose(size, 1, rtol=0, atol=limit))
+    one, another = cos.producer(), sin.producer()
+    if one is None or another is None or not factor == other == 1:
+        return False
+    return (one.op_type, another.op_type) == ("Cos", "Sin") and one.inputs == another.inputs
+
+
+def _angle_root(value: ir.Value) -> tuple[ir.Value, float]:
+    """The table or the operator that a cos or sin is picked from, and by what it is multiplied."""
+    factor = 1.0
+    for _ in range(_MAX_NODES):
+        node = value.producer()
+        if node is None or node.domain != "" or is_constant(value):
+            break
+        source = node.inputs[0] if node.inputs else None
+        if node.op_type == "Mul":
+            numbers = [evaluate(one) for one in node.inputs]
+            number = next((one for one in numbers if one is not None), None)
+            if number is None or number.size != 1:
+                break
+            factor *= float(number.reshape(()))
+            source = next(v for v, n in zip(node.inputs, numbers, strict=True) if n is not number)
+        elif node.op_type == "Concat":
+            if len(set(node.inputs)) > 1:
+                break
+        elif node.op_type not in _MOVES:
+            break
+        if source is None:
+            break
+        value = source
+    return value, factor
 
 
 def _constants(

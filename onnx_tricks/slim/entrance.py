@@ -4,29 +4,62 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from onnx_tricks.slim.encoder import Encoded, find_encoded
 from onnx_tricks.slim.plan import LayerPlan
 from onnx_tricks.slim.states import builder_before
 
-__all__ = ["choose_phase", "narrow_source"]
+__all__ = ["Entrance", "choose_phase"]
 
 
-def narrow_source(model: ir.Model, plan: LayerPlan) -> None:
-    """Let an encoder's states enter in the type in which they are cached."""
-    assert plan.layer.view.keys.projection is not None
-    source = plan.layer.view.keys.projection.source
-    if source.dtype == plan.cache:
-        return
-    others = [
-        (node, index)
-        for node, index in source.uses()
-        if node.op_type not in ("Shape", "SlimCrossAttention")
-    ]
-    if others:
-        build = builder_before(model, model.graph[0], source.name or "encoder")
-        wide = build.Cast(source, to=source.dtype or plan.dtype)
-        for node, index in others:
-            node.replace_input_with(index, wide)
-    source.type = ir.TensorType(plan.cache)
+class Entrance:
+    """Where an encoder's states enter, once for all layers that read them.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        self._model = model
+        self._written: dict[tuple[object, ...], ir.Value] = {}
+
+    def of(self, plan: LayerPlan) -> ir.Value:
+        """What the operator of a layer reads as `hidden`: [B, S, E], in any of its graphs."""
+        encoded = _encoded(plan)
+        if encoded.direct:
+            return encoded.states
+        layer = encoded.linear and encoded.linear.node
+        key = (encoded.states, layer, encoded.mask, plan.cache)
+        if key not in self._written:
+            name = encoded.states.name or "encoder"
+            build = builder_before(self._model, self._model.graph[0], name)
+            self._written[key] = encoded.write(build, plan.cache)
+        return self._written[key]
+
+    def narrow(self, plan: LayerPlan) -> None:
+        """Let the states enter in the type in which they are cached."""
+        encoded = _encoded(plan)
+        source = encoded.states
+        if not encoded.direct or source.dtype == plan.cache:
+            return
+        others = [
+            (node, index)
+            for node, index in source.uses()
+            if node.op_type not in ("Shape", "SlimCrossAttention")
+        ]
+        if others:
+            build = builder_before(self._model, self._model.graph[0], source.name or "encoder")
+            wide = build.Cast(source, to=source.dtype or plan.dtype)
+            for node, index in others:
+                node.replace_input_with(index, wide)
+        source.type = ir.TensorType(plan.cache)
+
+
+def _encoded(plan: LayerPlan) -> Encoded:
+    projection = plan.layer.view.keys.projection
+    assert projection is not None
+    encoded = find_encoded(projection.source)
+    assert encoded is not None
+    return encoded
 
 
 def choose_phase(model: ir.Model) -> None:

@@ -79,8 +79,7 @@ def gone_shapes(plan: LayerPlan, past: dict[str, ir.Value]) -> dict[ir.Value, li
             continue
         heads = next(h for v in layer.views if _enters(h := getattr(v, kind), old))
         if plan.operator == "SlimCrossAttention":
-            assert layer.view.keys.projection is not None
-            state, axis = layer.view.keys.projection.source, 1
+            state, axis = past["hidden"], 1
         else:
             state = past.get("past_key") or past["past_hidden"]
             axis = 2 if "past_key" in past else 1

@@ -13,12 +13,14 @@ from onnx_tricks.graph.shapes import dtype_of
 from onnx_tricks.graph.spill import spill
 from onnx_tricks.latent import UnrecoverableError, condition, round_jointly, value_spectrum
 from onnx_tricks.patterns.attention import Attention
+from onnx_tricks.patterns.cache import STACKED
 from onnx_tricks.patterns.head_norm import HeadNorm
 from onnx_tricks.patterns.projection import Projection
 from onnx_tricks.rewrite import Skip
+from onnx_tricks.slim.encoder import find_encoded
 from onnx_tricks.slim.layers import Layer
 from onnx_tricks.slim.masks import unclear_mask
-from onnx_tricks.slim.queries import has_own_product, query_weights
+from onnx_tricks.slim.queries import can_be_written, has_own_product, query_weights
 
 __all__ = ["LayerPlan", "Mode", "Options", "needs_inputs", "plan_layer"]
 
@@ -168,13 +170,23 @@ def _keep_input(
         return Skip(layer.label, "its capped scores depend on the bias of its keys")
     # The bias of a key that is not rotated adds the same to all scores of a query.
     bias = values.bias()
+    bias = np.zeros(values.columns.size) if bias is None else bias
+    matrices = keys.matrix(), values.matrix()
+    cache = (options.encoder if view.cross else options.cache) or dtype
+    encoded = find_encoded(keys.source) if view.cross else None
+    if encoded is not None and not encoded.direct:
+        if view.scores.softcap is not None:
+            return Skip(layer.label, "its capped scores depend on how the encoder's states change")
+        cache = dtype
+        key_matrix, _ = encoded.behind(matrices[0], bias)
+        value_matrix, bias = encoded.behind(matrices[1], bias)
+        matrices = key_matrix, value_matrix
     arrays = {
-        "key_weight": keys.matrix().T.reshape(keys.heads, view.head_width, -1),
-        "value_weight": _by_group(values.matrix(), values.heads),
-        "value_bias": _by_head(np.zeros(values.columns.size) if bias is None else bias, view),
+        "key_weight": matrices[0].T.reshape(keys.heads, view.head_width, -1),
+        "value_weight": _by_group(matrices[1], values.heads),
+        "value_bias": _by_head(bias, view),
     }
     weights = {name: spill(array.astype(dtype.numpy())) for name, array in arrays.items()}
-    cache = (options.encoder if view.cross else options.cache) or dtype
     return LayerPlan(layer, operator, dtype, cache, before, after, weights)
 
 
@@ -247,7 +259,11 @@ def _norm_weights(view: Attention) -> dict[str, _Array]:
     norm = view.keys.norm
     if not isinstance(norm, HeadNorm):
         return {}
-    return {"key_gain": norm.gain[:, None], "key_shift": norm.shift[:, None]}
+    gain = norm.gain[:, None]
+    if not norm.turned:
+        return {"key_gain": gain, "key_shift": norm.shift[:, None]}
+    # Behind the rotation, what multiplies a key's channel may multiply the query's instead.
+    return {"key_gain": np.ones_like(gain), "query_gain": gain[list(view.groups)]}
 
 
 def _measure(rows: _Array, projection: _Array, rebuilt: _Array, cache: ir.DataType) -> float:
@@ -285,6 +301,8 @@ def _obstacle(layer: Layer, mask: ir.Value | None) -> str:
         return "its keys and values come from the caller, and no file beside it makes them"
     if _changed(view) and (narrow := _too_narrow(view.keys.projection)):
         return narrow
+    if layer.past_key is not None and layer.past_key is layer.past_value:
+        return STACKED
     if layer.present_key is None or layer.present_value is None:
         return "its cache does not leave the graph as outputs of its own"
     if layer.past_key is None or layer.past_value is None:
@@ -302,10 +320,15 @@ def _obstacle(layer: Layer, mask: ir.Value | None) -> str:
             return "its rotation is not a function of the positions alone"
         if rotary is not None and rotary.start:
             return f"its rotation begins at channel {rotary.start} of a head, not at the first"
+        if not can_be_written(one):
+            return "its queries are arranged in a way that is not understood"
         if one.merged is None:
             return "its heads are not put side by side after it"
-    if view.cross and not view.keys.projection.source.is_graph_input():
-        return "the encoder's states are changed before its keys are made"
+    if view.cross and find_encoded(view.keys.projection.source) is None:
+        return "the encoder's states are changed by more than a projection before its keys are made"
+    sources = [one.keys.projection.source for one in views if one.keys.projection]
+    if view.cross and any(one is not sources[0] for one in sources):
+        return "the phases of the decoder change the encoder's states each by itself"
     if view.keys.rotary is not None and view.cross:
         return "the keys of an encoder are rotated"
     return _difference(view.keys.projection, view.values.projection)

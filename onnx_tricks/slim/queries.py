@@ -17,7 +17,14 @@ from onnx_tricks.patterns.attention import Attention
 from onnx_tricks.patterns.axes import Axes
 from onnx_tricks.slim.positions import repeat_on
 
-__all__ = ["has_own_product", "heads_first", "needs_angles", "query_weights", "write_query"]
+__all__ = [
+    "can_be_written",
+    "has_own_product",
+    "heads_first",
+    "needs_angles",
+    "query_weights",
+    "write_query",
+]
 
 _Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 _END = 2**62
@@ -36,7 +43,7 @@ def has_own_product(view: Attention) -> bool:
         return False
     orders = (view.query.order, view.query.state_order)
     in_order = all(np.array_equal(one, np.arange(one.size)) for one in orders)
-    arranged = all(sorted("".join(axes)) == sorted("bhsk") for axes in _arrangements(view))
+    arranged = all(_can_come_first(axes) for axes in _arrangements(view))
     straight = view.query.inside and view.query.norm is None
     return in_order and (straight or arranged)
 
@@ -45,6 +52,14 @@ def _arrangements(view: Attention) -> list[Axes]:
     query = view.query
     assert query.projection is not None
     return [query.projection.axes, query.axes if query.inside else query.state_axes]
+
+
+def can_be_written(view: Attention) -> bool:
+    """Whether `write_query` can write the queries of a view."""
+    query = view.query
+    return has_own_product(view) or _can_come_first(
+        query.axes if query.inside else query.state_axes
+    )
 
 
 def needs_angles(view: Attention) -> bool:
@@ -125,25 +140,29 @@ def _project(build: Builder, view: Attention, weights: Mapping[str, ir.Value]) -
     return heads_first(build, last, axes, view.heads)
 
 
+def _can_come_first(axes: Axes) -> bool:
+    """Whether heads arranged so can be told apart: an axis runs over h and one more, or one."""
+    shared = [one for one in axes if len(one) > 1]
+    return sorted("".join(axes)) == sorted("bhsk") and all(
+        len(one) == 2 and "h" in one for one in shared
+    )
+
+
 def heads_first(build: Builder, value: ir.Value, axes: Axes, heads: int) -> ir.Value:
     """Heads in whatever arrangement as [B, H, T, K]."""
     letters = "".join(axes)
-    if sorted(letters) != sorted("bhsk"):
-        raise NotImplementedError(f"heads arranged as {axes}")
+    assert _can_come_first(axes)
     if any(len(one) != 1 for one in axes):
         # An axis that runs over several things is split where its inner length is known.
         lengths: list[ir.Value] = []
         shape = build.Shape(value)
         for place, one in enumerate(axes):
             length = build.Slice(shape, [place], [place + 1])
-            if len(one) < 2:
-                lengths.append(length)
-            elif one == "bh":
-                lengths += [build.Div(length, [heads]), build.Identity(_vector(build, heads))]
-            elif one == "hk":
-                lengths += [build.Identity(_vector(build, heads)), build.Div(length, [heads])]
-            else:
-                raise NotImplementedError(f"heads arranged as {axes}")
+            rest = length if len(one) < 2 else build.Div(length, [heads])
+            lengths += [
+                build.Identity(_vector(build, heads)) if letter == "h" and len(one) > 1 else rest
+                for letter in one
+            ]
         value = build.Reshape(value, build.Concat(*lengths, axis=0))
     perm = [letters.index(letter) for letter in "bhsk"]
     return value if perm == [0, 1, 2, 3] else build.Transpose(value, perm=perm)

@@ -28,7 +28,7 @@ __all__ = ["layer_weights", "write_operator"]
 
 def layer_weights(model: ir.Model, plan: LayerPlan, form: Form) -> dict[str, ir.Value]:
     """Register the weights of a layer; those without effect are left out."""
-    wanted = {*form.inputs, "projection", "query", "query_bias"}
+    wanted = {*form.inputs, "projection", "query", "query_bias", "query_gain"}
     if "center" in plan.weights and counts(plan.weights["center"]):
         wanted.add("center")
     return {
@@ -56,7 +56,7 @@ def write_operator(
         view: The layer as one graph computes it.
         form: What all nodes of the operator have in common.
         weights: From `layer_weights`.
-        states: The inputs that carry states, by the operator's names, such as `past_key`.
+        states: What carries states in, by the operator's names, such as `past_key` or `hidden`.
         angles: Gives rotation angles for all keys.
         masks: Gives what a fused operator masks by itself.
 
@@ -71,16 +71,17 @@ def write_operator(
     query = write_query(build, view, weights, turns)
     if not view.query.inside and dtype_of(view.query.state) not in (None, plan.dtype):
         query = build.Cast(query, to=plan.dtype)
+    if "query_gain" in weights:
+        query = build.Mul(query, weights["query_gain"])
     given: dict[str, ir.Value | None] = {**weights, **states, **turns, "query": query}
     if "bias" in form.inputs:
         given["bias"] = _bias(build, view, plan.dtype, masks.of(build, view, query, states))
     if plan.operator == "SlimAttention":
         given |= _project(build, plan, view, weights, query)
-    else:
-        source = plan.layer.view.keys.projection
-        own = view.keys.projection or source
-        assert own is not None
-        given["hidden"] = own.source
+    elif plan.operator == "SlimHiddenAttention":
+        projection = view.keys.projection
+        assert projection is not None
+        given["hidden"] = projection.source
     attributes = [ir.AttrFloat32("scale", _scale(view))]
     if form.softcap:
         attributes.append(ir.AttrFloat32("softcap", view.scores.softcap or 0.0))

@@ -229,6 +229,8 @@ def test_torch_dynamo_exports_are_slimmed_too(
         *[(name, 4.0) for name in ("bart", "marian", "pegasus", "m2m_100")],
         ("trocr", 4.0),
         ("t5_wide", 32.0),
+        # Several codes a token, and states that the decoder projects and masks before its layers.
+        ("musicgen", 4.0),
     ],
 )
 def test_families_with_a_key_head_for_every_head_are_slimmed(
@@ -262,6 +264,36 @@ def test_layers_that_could_not_share_an_operator_are_told(export: Export) -> Non
     assert isinstance(site, Site)
     assert "in the rotation of its keys" in skip.reason
     assert site.count == 1
+
+
+def test_layers_that_stay_are_told_beside_those_that_do_not(export: Export, tmp_path: Path) -> None:
+    source = export("smollm3_heads") / "model.onnx"
+    passes = [SlimAttention(mode="k", calibrate=False)]
+    once, twice = tmp_path / "once.onnx", tmp_path / "twice.onnx"
+    first = optimize(source, once, passes=passes, verify=False).report.passes[0]
+    assert first.applied == 1
+    assert len(first.skipped) == 1
+    again = optimize(once, twice, passes=passes, verify=False).report.passes[0]
+    assert again.applied == 0
+    assert again.skipped == first.skipped
+    assert once.read_bytes() == twice.read_bytes()
+
+
+def test_keys_normalised_behind_their_rotation_are_slimmed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    families, exporters = (
+        pytest.importorskip(f"onnx_tricks.models.{name}") for name in ("families", "export")
+    )
+    grouped = families.FAMILIES["hunyuan_v1_dense"]
+    sizes = {**grouped.sizes, "num_key_value_heads": 4, "head_dim": 12}
+    heads = dataclasses.replace(grouped, sizes=sizes)
+    monkeypatch.setitem(families.FAMILIES, "hunyuan_heads", heads)
+    exporters.export_dynamo(families.tiny("hunyuan_heads"), tmp_path, opset=18, cache=True)
+    found = _slim(tmp_path / "model.onnx", tmp_path / "slim.onnx")
+    assert found["applied"] == 2
+    before, after = found["sizes"]  # type: ignore[misc]
+    assert before / after >= 1.8
 
 
 def test_normalised_keys_are_slimmed_in_half_precision(export: Export, tmp_path: Path) -> None:

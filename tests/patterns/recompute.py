@@ -176,11 +176,15 @@ def heads_again(heads: Heads, values: Values) -> np.ndarray | None:
     rows = rows if bias is None else rows + bias
     count = projection.heads
     found = np.swapaxes(rows.reshape(*rows.shape[:-1], count, -1), 1, 2)
+    turned = isinstance(heads.norm, HeadNorm) and heads.norm.turned
+    if turned:
+        assert heads.rotary is not None
+        found = rotated(heads.rotary, found, values)
     if heads.norm is not None:
         assert isinstance(heads.norm, HeadNorm)
         found = normalised(heads.norm, found)
     found = found[:, heads.state_order]
-    if heads.rotary is not None and not heads.rotated_last:
+    if heads.rotary is not None and not heads.rotated_last and not turned:
         found = rotated(heads.rotary, found, values)
     if heads.cache is not None and heads.cache.past is not None:
         past = arranged(values[heads.cache.past], heads.cache.axes, len(heads.state_order))

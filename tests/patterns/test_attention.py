@@ -448,6 +448,65 @@ def test_other_norms_of_keys_are_told(name: str) -> None:
     assert reason in block.keys.norm
 
 
+TURN = (
+    "kh = Reshape(k0, heads) k1 = Transpose<perm=[0,2,1,3]>(kh) n = Shape<start=2, end=3>(k1) "
+    "n0 = Squeeze(n) r = Range(zero, n0, unit) r1 = Cast<to=1>(r) r2 = Unsqueeze(r1, last) "
+    "an = Mul(r2, frequency) {angles} ka, kb = Split<axis=3, num_outputs=2>(k1) kn = Neg(kb) "
+    "kr = Concat<axis=3>(kn, ka) m1 = Mul(k1, co) m2 = Mul(kr, si) kt = Add(m1, m2) "
+)
+COMPUTED = "co = Cos(an) si = Sin(an) "
+BEHIND = (
+    "t2 = Mul(kt, kt) t3 = ReduceMean<keepdims=1>(t2, last) t4 = Add(t3, eps) t5 = Sqrt(t4) "
+    "t6 = Div(kt, t5) kz = Mul(gain, t6) "
+)
+
+
+def turned(angles: str, norm: str = BEHIND) -> onnx.ModelProto:
+    positions = np.arange(8, dtype=np.float32)[:, None] * np.float32([1, 0.3, 1, 0.3])
+    extra = {
+        "flat3": EXTRA["flat3"],
+        "zero": np.array(0),
+        "unit": np.array(1),
+        "frequency": np.array([1, 0.3, 1, 0.3], np.float32),
+        "cosines": np.cos(positions),
+        "sines": np.sin(positions),
+        "gain": np.array([0.5, 1.5, -2, 3], np.float32),
+    }
+    rest = (
+        "q1 = Reshape(q0, heads) q = Transpose<perm=[0,2,1,3]>(q1) v1 = Reshape(v0, heads) "
+        "v = Transpose<perm=[0,2,1,3]>(v1) k = Transpose<perm=[0,1,3,2]>(kz) s = MatMul(q, k) "
+    )
+    body = PROJECT + TURN.format(angles=angles) + norm + rest + WEIGH + MERGE
+    return toys.model(body, inputs="x[2,3,D]", extra=extra)
+
+
+@pytest.mark.parametrize(
+    "angles",
+    [COMPUTED, "co = Gather(cosines, r) si = Gather(sines, r) "],
+    ids=["computed", "table"],
+)
+def test_a_norm_behind_a_rotation_is_computed_again(angles: str) -> None:
+    (block,) = hold(turned(angles), 1)
+    assert isinstance(block.keys.norm, HeadNorm)
+    assert block.keys.norm.turned
+
+
+@pytest.mark.parametrize(
+    ("angles", "norm", "reason"),
+    [
+        (COMPUTED, "kz = LayerNormalization<axis=-1>(kt, gain) ", "by more than their size"),
+        ("ca = Cos(an) co = Mul(ca, two) sa = Sin(an) si = Mul(sa, two) ", BEHIND, "keeps"),
+        ("co = Gather(cosines, r) sa = Gather(sines, r) si = Mul(sa, two) ", BEHIND, "keeps"),
+        ("co = Cos(an) aa = Mul(an, half) si = Sin(aa) ", BEHIND, "keeps their size"),
+    ],
+)
+def test_a_norm_that_a_rotation_does_not_pass_is_told(angles: str, norm: str, reason: str) -> None:
+    _, (block,) = views(turned(angles, norm))
+    assert isinstance(block, Attention)
+    assert isinstance(block.keys.norm, str)
+    assert reason in block.keys.norm
+
+
 REFUSED = {
     "sinks": (
         (
@@ -470,6 +529,14 @@ REFUSED = {
         "its keys cannot be traced: Mul",
     ),
 }
+
+
+def test_a_cache_of_keys_and_values_in_one_tensor_is_refused_with_advice() -> None:
+    body = "y, pk = com.microsoft.Attention<num_heads=4>(x, w_packed, c_packed, , past)"
+    proto = toys.model(body, inputs="x[2,3,D] past[2,b,4,before,4]", outputs="y, pk")
+    _, (block,) = views(proto)
+    assert isinstance(block, OpaqueAttention)
+    assert "export the decoder with" in block.reason
 
 
 @pytest.mark.parametrize("name", REFUSED)
