@@ -13,6 +13,12 @@ __all__ = ["annotate", "dim", "dtype_of", "rank_of", "shape_of"]
 _SHAPE = "onnx_tricks.shape"
 _DTYPE = "onnx_tricks.dtype"
 _SHAPE_INPUT = {"ConstantOfShape": 0, "Reshape": 1}  # which input holds the shape of the output
+# Operators of ONNX Runtime whose results, the first and the sum of a skip, are of the first shape.
+_ALIKE = frozenset(
+    "BiasGelu FastGelu Gelu QuickGelu SimplifiedLayerNormalization SkipLayerNormalization "
+    "SkipSimplifiedLayerNormalization".split()
+)
+_RESULTS = (0, 3)
 _ROUNDS = 3  # a shape may be computed from the rank of what a shape was computed for
 _LARGE = 1024  # bytes; larger constants go to shape inference without their data
 
@@ -63,13 +69,15 @@ def annotate(model: ir.Model) -> None:
     skeleton = model.clone()
     ours = _name_apart(model, skeleton)
     _drop_weights(skeleton)
+    _stand_in(skeleton)
     inferred = _inferred(skeleton)
     # Below opset 13 inference knows nothing of what lies behind a computed Reshape.
     for _ in range(_ROUNDS):
         if inferred is None or not _state_ranks(inferred):
             break
         skeleton, inferred = inferred, _inferred(inferred)
-    for other in _values(inferred or skeleton):
+    done = inferred or skeleton
+    for other in (*done.graph.inputs, *_values(done)):
         value = ours.get(other.name or "")
         if value is None:
             continue
@@ -104,6 +112,20 @@ def _name_apart(model: ir.Model, copy: ir.Model) -> dict[str, ir.Value]:
     return named
 
 
+def _stand_in(model: ir.Model) -> None:
+    """Put what ONNX knows in the place of operators that it does not, as far as shapes go."""
+    for node in [one for one in model.graph.all_nodes() if one.op_type in _ALIKE and one.domain]:
+        results = [value for value in node.outputs if value.name]
+        if node.graph is None or any(value.index() not in _RESULTS for value in results):
+            continue
+        for value in results:
+            alike = ir.Node("", "Identity", node.inputs[:1], num_outputs=1)
+            alike.outputs[0].name = value.name
+            node.graph.insert_before(node, alike)
+            value.replace_all_uses_with(alike.outputs[0], replace_graph_outputs=True)
+        node.graph.remove(node)
+
+
 def _state_ranks(model: ir.Model) -> bool:
     """State the ranks that follow from the lengths of shapes; whether there were any."""
     found = False
@@ -131,14 +153,17 @@ def _known(value: ir.Value) -> bool:
 
 
 def _drop_weights(model: ir.Model) -> None:
-    """Turn every large constant into an input of the main graph, which needs no data."""
+    """Turn every large constant into an input of the main graph, which needs no data.
+
+    What stands in for a node has its name.
+    """
     count = 0
 
     def as_input(value: ir.Value, tensor: ir.TensorProtocol) -> None:
         nonlocal count
         count += 1
         stand_in = ir.Value(
-            name=f"onnx_tricks.weight.{count}",
+            name=value.name if value.producer() else f"onnx_tricks.weight.{count}",
             shape=ir.Shape(tensor.shape.numpy()),
             type=ir.TensorType(tensor.dtype),
         )

@@ -80,6 +80,8 @@ def _transpose(node: ir.Node, _: int, channels: Channels, __: Extents) -> Moved 
     rank = len(perm) if perm is not None else rank_of(node.outputs[0])
     if rank is None:
         return Obstacle(node, "reverses an unknown number of axes")
+    if channels.axis < -rank:
+        return Obstacle(node, "has fewer axes")
     order = list(perm) if perm is not None else list(range(rank))[::-1]
     axis = order.index(channels.axis % rank) - rank
     return [(node.outputs[0], dataclasses.replace(channels, axis=axis))]

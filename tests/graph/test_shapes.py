@@ -7,7 +7,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from onnx_tricks.graph.shapes import annotate, rank_of
+from onnx_tricks.graph.shapes import annotate, dim, rank_of
 
 _FLOAT = onnx.TensorProto.FLOAT
 
@@ -57,3 +57,35 @@ def test_branches_that_share_names_have_their_own_ranks(opset: int) -> None:
         if node.op_type == "Reshape"
     }
     assert ranks == {"a": 3, "b": 4}
+
+
+def test_shapes_go_on_behind_operators_of_the_runtime() -> None:
+    given = ir.from_onnx_text(
+        """
+        <ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]>
+        g (float[b, 8, t] x, float[t] gain) => (float[b, t, 8] y) {
+            h = com.microsoft.Gelu(x)
+            z, m, v, s = com.microsoft.SkipLayerNormalization(h, x, gain)
+            y = Transpose<perm = [0, 2, 1]>(s)
+        }
+        """
+    )
+    given.graph.node(1).outputs[1].name = given.graph.node(1).outputs[2].name = ""
+    annotate(given)
+    assert [rank_of(given.graph.node(index).outputs[0]) for index in (0, 1)] == [3, 3]
+    assert rank_of(given.graph.node(1).outputs[3]) == 3
+
+
+def test_large_constants_of_nodes_have_shapes() -> None:
+    weight = onnx.numpy_helper.from_array(np.ones((64, 32), np.float32))
+    constant = onnx.helper.make_node("Constant", [], ["w"], value=weight)
+    product = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])
+    x, y = (
+        onnx.helper.make_tensor_value_info(name, _FLOAT, ["n", size])
+        for name, size in (("x", 64), ("y", 32))
+    )
+    given = ir.from_proto(
+        onnx.helper.make_model(onnx.helper.make_graph([constant, product], "g", [x], [y]))
+    )
+    annotate(given)
+    assert dim(given.graph.node(0).outputs[0], 0) == 64

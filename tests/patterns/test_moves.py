@@ -11,6 +11,7 @@ import pytest
 from onnx_tricks.graph.shapes import annotate
 from onnx_tricks.patterns.channels import Channels, Obstacle
 from onnx_tricks.patterns.extents import Extents
+from onnx_tricks.patterns.maker import came_from
 from onnx_tricks.patterns.moves import follow
 from tests import toys
 
@@ -86,3 +87,17 @@ def test_channels_are_followed_to_where_they_are(inputs: str) -> None:
             assert holds(channels, expected), (seed, body, constants, channels)
             followed += 1
     assert followed > 400
+
+
+def test_a_transposition_has_the_axes_that_it_names_and_no_more() -> None:
+    # What comes from another domain has no rank that could be told.
+    model = ir.from_onnx_text(
+        """
+        <ir_version: 8, opset_import: ["": 17, "elsewhere": 1]>
+        g (float[b, 8, t] x) => (float[b, t, 8] y) {
+            h = elsewhere.Filter(x)
+            y = Transpose<perm = [0, 2, 1]>(h)
+        }
+        """
+    )
+    assert came_from(model.graph.outputs[0], -1, 8, Extents()) == (0, -2)
