@@ -153,6 +153,7 @@ def _single(model: Any, task: str, exporter: str, folder: Path) -> Example:
         return {
             f"{stem}.{name}": one
             for stem, several in inputs.items()
+            if (folder / f"{stem}.onnx").exists()  # one file may take the place of two
             for name, one in _joined([_run(folder / f"{stem}.onnx", g) for g in several]).items()
         }
 
@@ -203,4 +204,32 @@ def _session(file: Path) -> ort.InferenceSession:
 def _run(file: Path, given: Arrays, names: list[str] | None = None) -> dict[str, np.ndarray]:
     session = _session(file)
     names = names or [node.name for node in session.get_outputs()]
-    return dict(zip(names, session.run(names, dict(given)), strict=True))
+    states = _no_states(session, given)
+    if not states:
+        return dict(zip(names, session.run(names, dict(given)), strict=True))
+    # A prompt and a step, where the original has a file for each.
+    ids, logits = given["input_ids"], []
+    for part in (ids[:, :-1], ids[:, -1:]):
+        outputs = session.run(names, {**given, **states, "input_ids": part})
+        found = dict(zip(names, outputs, strict=True))
+        states = {name: found[name.replace("past_key_values", "present")] for name in states}
+        logits.append(found["logits"])
+    return {"logits": np.concatenate(logits, axis=1)}
+
+
+def _no_states(session: ort.InferenceSession, given: Arrays) -> dict[str, np.ndarray]:
+    """What a file takes and is not given: caches that hold nothing yet."""
+    nodes = session.get_inputs()
+    known = [node for node in nodes if node.name in given]
+    sizes = {
+        axis: size
+        for node in known
+        for axis, size in zip(node.shape, given[node.name].shape, strict=True)
+    }
+    return {
+        node.name: np.zeros(
+            [n if isinstance(n, int) else sizes.get(n, 0) for n in node.shape], "f4"
+        )
+        for node in nodes
+        if node.name not in given
+    }
