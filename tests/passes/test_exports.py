@@ -156,8 +156,8 @@ def test_a_transformer_with_tanh_in_place_of_norms_folds_their_gains(
     path = tmp_path / "model.onnx"
     tokens.write(normalised.Normalised(tanh=True), path, exporter)
     report = onnx_tricks.optimize(path).report
-    # Those in front of blocks and of the head; and of values, where shapes tell how wide heads are.
-    assert report.passes[0].applied == 2 * 2 + 1 + 2 * (exporter != "torchscript")
+    # Those in front of blocks and of the head, and of values.
+    assert report.passes[0].applied == 2 * 2 + 1 + 2
     residual = [one for one in report.passes[0].skipped if "residual" in one.reason]
     assert len(residual) == 2 * 2
     assert report.verification.status == "passed", report.verification.message
