@@ -18,6 +18,7 @@ _ALIKE = frozenset(
     "BiasGelu FastGelu Gelu QuickGelu SimplifiedLayerNormalization SkipLayerNormalization "
     "SkipSimplifiedLayerNormalization".split()
 )
+_OF_RUNTIME = ("", "com.microsoft")  # where they live
 _RESULTS = (0, 3)
 _ROUNDS = 3  # a shape may be computed from the rank of what a shape was computed for
 _LARGE = 1024  # bytes; larger constants go to shape inference without their data
@@ -71,7 +72,7 @@ def annotate(model: ir.Model) -> None:
     _drop_weights(skeleton)
     _stand_in(skeleton)
     inferred = _inferred(skeleton)
-    # Below opset 13 inference knows nothing of what lies behind a computed Reshape.
+    # Below opset 14 inference knows nothing of what lies behind a computed Reshape.
     for _ in range(_ROUNDS):
         if inferred is None or not _state_ranks(inferred):
             break
@@ -114,7 +115,9 @@ def _name_apart(model: ir.Model, copy: ir.Model) -> dict[str, ir.Value]:
 
 def _stand_in(model: ir.Model) -> None:
     """Put what ONNX knows in the place of operators that it does not, as far as shapes go."""
-    for node in [one for one in model.graph.all_nodes() if one.op_type in _ALIKE and one.domain]:
+    for node in list(model.graph.all_nodes()):
+        if node.op_type not in _ALIKE or node.domain not in _OF_RUNTIME:
+            continue
         results = [value for value in node.outputs if value.name]
         if node.graph is None or any(value.index() not in _RESULTS for value in results):
             continue

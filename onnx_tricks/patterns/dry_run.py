@@ -73,15 +73,17 @@ class DryRun:
         self._arrays: dict[ir.Value, Array] = {}
         self._sizes = _sizes(model)
         self._rows: dict[str, int] = {}
-        for _ in range(2):
-            for value in model.graph.inputs:
-                self._declared(value)
-            self._run(model.graph)
-            if not self._rows:
-                break
+        self._whole(model.graph)
+        if self._rows:  # once more, with as many rows as were found to be needed
             self._sizes |= self._rows
-            for known in (self.order, self.parents, self._shapes, self._arrays, self._rows):
+            for known in (self.order, self.parents, self._shapes, self._arrays):
                 known.clear()
+            self._whole(model.graph)
+
+    def _whole(self, graph: ir.Graph) -> None:
+        for value in graph.inputs:
+            self._declared(value)
+        self._run(graph)
 
     def shape(self, value: ir.Value) -> tuple[int, ...] | None:
         """The shape of a value at the chosen sizes; None where it is unknown."""

@@ -89,3 +89,17 @@ def test_large_constants_of_nodes_have_shapes() -> None:
     )
     annotate(given)
     assert dim(given.graph.node(0).outputs[0], 0) == 64
+
+
+def test_operators_of_elsewhere_keep_nothing_for_their_names() -> None:
+    given = ir.from_onnx_text(
+        """
+        <ir_version: 8, opset_import: ["": 17, "elsewhere": 1]>
+        g (float[b, 8, t] x) => (float[n] y) {
+            h = elsewhere.Gelu(x)
+            y = Identity(h)
+        }
+        """
+    )
+    annotate(given)
+    assert rank_of(given.graph.node(0).outputs[0]) is None
