@@ -47,6 +47,9 @@ _TYPES = {
 }
 """Types, and the error that is allowed them: for 16 bits twice that of rounding the output."""
 
+_PROMPT = 16
+"""New tokens from which on the rule is another: keys, values and weights may be rounded."""
+
 _PAIRS = ("fp32/fp32", "fp32/fp16", "fp32/bf16", "fp16/fp16", "bf16/bf16")
 _PATHS = ("plain", "tensor", "cluster")
 _RANK = 32
@@ -139,6 +142,10 @@ def _speeds(small: bool) -> Iterator[Task]:
         for width in (1024, 4096):
             sizes = (8, width // 64, width // 64, 1, lengths[0] - 1, 64, width)
             yield Task("speed", "SlimHiddenAttention", path, sizes=sizes, in_place=True)
+    for new, past in ((lengths[-1], 0), (lengths[-1], lengths[0] - lengths[-1])):
+        sizes = (1, heads[0], heads[0], new, past, 128, _RANK)
+        for op, path in (("SlimAttention", "cluster"), ("GroupQueryAttention", "")):
+            yield Task("speed", op, path, sizes=sizes, in_place=True)
 
 
 def _tasks(small: bool) -> list[Task]:
@@ -357,7 +364,7 @@ def _node(task: Task, index: str = "") -> Any:
     )
 
 
-def _expected(task: Task, feeds: dict[str, torch.Tensor]) -> np.ndarray[Any, Any]:
+def _expected(task: Task, feeds: dict[str, torch.Tensor], **options: Any) -> np.ndarray[Any, Any]:
     """The output in float64, from inputs as they are and new rows rounded to the cache's type."""
     past, cached = task.sizes[4], _TYPES[task.types.split("/")[1]][1]
     arrays = {}
@@ -365,10 +372,7 @@ def _expected(task: Task, feeds: dict[str, torch.Tensor]) -> np.ndarray[Any, Any
         kept = tensor[..., :past, :] if name in _STATES else tensor
         kept = kept.to(cached) if name in _STATES.values() else kept
         arrays[name] = kept.double().cpu().numpy()
-    options: dict[str, Any] = {
-        "scale": task.sizes[5] ** -0.5,
-        "softcap": 5.0 * ("softcap" in task.form),
-    }
+    options |= {"scale": task.sizes[5] ** -0.5, "softcap": 5.0 * ("softcap" in task.form)}
     if task.hidden:
         return slim_hidden(arrays, **options)[0]
     return slim_attention(arrays, interleaved="interleaved" in task.form, **options)[0]
@@ -402,9 +406,23 @@ def _check(task: Task, machine: Machine) -> dict[str, Any]:
         for name in outputs
         if name != "output"
     )
-    limit = _TYPES[task.types.split("/")[0]][2]
+    limit = _limit(task, feeds, reference)
     right = error <= limit and apart <= 2 * limit and same
     return {"right": right, "error": error, "from_cpu": apart, "states": same}
+
+
+def _limit(task: Task, feeds: dict[str, torch.Tensor], exact: np.ndarray[Any, Any]) -> float:
+    """The error allowed to the output: for prompts twice that of attention in the model's type."""
+    plain = task.types.split("/")[0]
+    _, kind, limit = _TYPES[plain]
+
+    def rounded(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return torch.from_numpy(array).to(kind).double().numpy()
+
+    if plain == "fp32" or task.sizes[3] < _PROMPT:
+        return limit
+    usual = rounded(_expected(task, feeds, rounded=rounded)).reshape(exact.shape)
+    return max(limit, 2 * _error(usual, exact))
 
 
 def _error(ours: np.ndarray[Any, Any], theirs: np.ndarray[Any, Any]) -> float:
@@ -427,12 +445,12 @@ def _copy(machine: Machine) -> dict[str, Any]:
 
 def _cache_bytes(task: Task) -> int:
     """What a step reads of its cache."""
-    batch, _, groups, _, past, head, width = task.sizes
+    batch, _, groups, new, past, head, width = task.sizes
     if "Slim" in task.op:
         row = width if task.hidden else groups * head + width
     else:
         row = 2 * groups * head
-    return batch * (past + 1) * row * 2
+    return batch * (past + new) * row * 2
 
 
 def _speed(task: Task, machine: Machine) -> dict[str, Any]:
@@ -474,13 +492,13 @@ def _plain_speed(task: Task, machine: Machine, index: str) -> tuple[Any, dict[st
     GroupQueryAttention appends to both in place and rotates, as a model's node would;
     MultiHeadAttention, which would copy a past, is spared that: it reads keys and values as given.
     """
-    batch, heads, groups, _, past, head, _ = task.sizes
-    total, kind = past + 1, _TYPES[task.types.split("/")[0]][1]
+    batch, heads, groups, new, past, head, _ = task.sizes
+    total, kind = past + new, _TYPES[task.types.split("/")[0]][1]
 
     def random(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=kind, device=machine.name).normal_()
 
-    own = {"query": random(batch, 1, heads * head)}
+    own = {"query": random(batch, new, heads * head)}
     caches = [random(batch, groups, total, head) for _ in range(2)]
     own["output"] = torch.empty_like(own["query"])
     if task.op == "MultiHeadAttention":
@@ -495,11 +513,11 @@ def _plain_speed(task: Task, machine: Machine, index: str) -> tuple[Any, dict[st
     else:
         angle = torch.arange(total * head // 2).reshape(total, head // 2) * 0.37
         own |= {
-            "key": random(batch, 1, groups * head),
-            "value": random(batch, 1, groups * head),
+            "key": random(batch, new, groups * head),
+            "value": random(batch, new, groups * head),
             "past_key": caches[0],
             "past_value": caches[1],
-            "lengths": torch.full((batch,), past, dtype=torch.int32, device=machine.name),
+            "lengths": torch.full((batch,), total - 1, dtype=torch.int32, device=machine.name),
             "total": torch.tensor(total, dtype=torch.int32),
             "cos": torch.cos(angle).to(machine.name, kind),
             "sin": torch.sin(angle).to(machine.name, kind),
@@ -642,24 +660,26 @@ def _tables(found: list[tuple[Task, dict[str, Any]]]) -> Iterator[str]:
     yield ""
     yield "Of a node: time; bytes of cache read in it, as a share of the copy's rate; times of"
     yield "GroupQueryAttention and MultiHeadAttention; how much faster than the better of them."
+    yield "Steps of one token, by what reads the cache; prompts of T tokens."
     heads = ("S", "H", "B", "path", "us", "share", "GQA us", "MHA us", "faster")
     yield " ".join(f"{head:>{width}}" for head, width in zip(heads, _WIDTHS, strict=True))
     for task, result in found:
         if task.kind != "speed" or not task.path or "seconds" not in result:
             continue
-        batch, heads, _, _, past, *_ = task.sizes
+        batch, heads, _, new, past, *_ = task.sizes
         base = {
             t.op: r["seconds"]
             for t, r in found
             if not t.path and t.kind == "speed" and t.sizes == task.sizes and "seconds" in r
         }
         times = [base.get(op) for op in ("GroupQueryAttention", "MultiHeadAttention")]
-        share = result["bytes"] / result["seconds"] / rate
+        share = f"{result['bytes'] / result['seconds'] / rate:.0%}" if new == 1 else "-"
         faster = min(base.values()) / result["seconds"] if base else None
         name = task.path + ("" if task.in_place else "+copy") + (" D" if task.hidden else "")
+        name = name if new == 1 else f"T {new}"
         yield (
-            f"{past + 1:>7} {heads:>3} {batch:>3} {name:>12} {result['seconds'] * 1e6:>9.1f} "
-            f"{share:>6.0%} "
+            f"{past + new:>7} {heads:>3} {batch:>3} {name:>12} {result['seconds'] * 1e6:>9.1f} "
+            f"{share:>6} "
             + " ".join(f"{t * 1e6:>9.1f}" if t else f"{'-':>9}" for t in times)
             + (f" {faster:>6.2f}x" if faster else f" {'-':>7}")
         )

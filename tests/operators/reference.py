@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,16 +37,20 @@ def attend(
     scale: float,
     bias: Array | None = None,
     softcap: float = 0.0,
+    rounded: Callable[[Array], Array] = np.asarray,
 ) -> Array:
-    """Plain attention: [B, T, H V] from query [B, H, T, K], keys and values [B, G, S, ...]."""
+    """Plain attention: [B, T, H V] from query [B, H, T, K], keys and values [B, G, S, ...].
+
+    `rounded` is what a model in a narrower type does to keys, values and weights.
+    """
     share = query.shape[1] // keys.shape[1]
-    keys, values = (np.repeat(a, share, axis=1) for a in (keys, values))
+    keys, values = (np.repeat(rounded(a), share, axis=1) for a in (keys, values))
     scores = scale * query @ keys.swapaxes(2, 3)
     if softcap:
         scores = softcap * np.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias
-    heads = softmax(scores) @ values
+    heads = rounded(softmax(scores)) @ values
     return heads.transpose(0, 2, 1, 3).reshape(len(heads), heads.shape[2], -1)
 
 
@@ -63,7 +68,7 @@ def slim_attention(
     norm: str = "",
     centered: bool = False,
     epsilon: float = 0.0,
-    **options: float,
+    **options: Any,
 ) -> tuple[Array, Array, Array | None]:
     """The operator SlimAttention: output, present key, present residual."""
     present = np.concatenate([feeds["past_key"], feeds["key"]], axis=2)
@@ -79,16 +84,16 @@ def slim_attention(
         residual = np.concatenate([feeds["past_residual"], feeds["residual"]], axis=1)
         latent = np.concatenate([latent, residual], axis=2)
     values = latent[:, None] @ feeds["value_weight"]
-    output = attend(feeds["query"], keys, values, bias=feeds.get("bias"), **options)  # type: ignore[arg-type]
+    output = attend(feeds["query"], keys, values, bias=feeds.get("bias"), **options)
     return output + feeds.get("value_bias", np.zeros(1)).reshape(-1), present, residual
 
 
-def slim_hidden(feeds: dict[str, Array], **options: float) -> tuple[Array, Array]:
+def slim_hidden(feeds: dict[str, Array], **options: Any) -> tuple[Array, Array]:
     """The operators SlimHiddenAttention and SlimCrossAttention: output, present hidden."""
     hidden = feeds["hidden"]
     if "past_hidden" in feeds:
         hidden = np.concatenate([feeds["past_hidden"], hidden], axis=1)
     keys = hidden[:, None] @ feeds["key_weight"].swapaxes(1, 2)
     values = hidden[:, None] @ feeds["value_weight"]
-    output = attend(feeds["query"], keys, values, bias=feeds.get("bias"), **options)  # type: ignore[arg-type]
+    output = attend(feeds["query"], keys, values, bias=feeds.get("bias"), **options)
     return output + feeds.get("value_bias", np.zeros(1)).reshape(-1), hidden

@@ -3,6 +3,7 @@
 #include "few_rows.cuh"
 #include "plan.h"
 #include "product.cuh"
+#include "prompt.cuh"
 #include "rows.cuh"
 
 namespace onnx_tricks::cuda {
@@ -36,6 +37,10 @@ class Attention {
     for (std::int64_t b = 0; b < p_.B; b += most.batch) {
       chunk_.first = b;
       chunk_.batch = std::min(most.batch, p_.B - b);
+      if (plan_.prompt()) {
+        p_.type == Type::kHalf ? attend_prompt<Half>() : attend_prompt<Brief>();
+        continue;
+      }
       if (plan_.expand) expand();
       for (std::int64_t t = 0; t < p_.T; t += most.tokens) {
         chunk_.start = t;
@@ -165,6 +170,19 @@ class Attention {
     if (!slim())
       multiply(Product<Latent, Matrix>{latent(p_.G), weight(p_.key_weight, p_.K, p_.D, true),
                                        expanded(plan_.keys, p_.K), matrices, p_.S, p_.K, p_.D, 1});
+  }
+
+  template <class T>
+  void attend_prompt() {
+    const auto expand = [&](auto* kernel, const void* weight, float* target, std::int64_t columns) {
+      const Expansion e{latent(p_.G), weight, target, chunk_.batch * p_.G, p_.S, p_.D, columns};
+      errors_([&] { return launch(kernel, e.blocks(), kThreads, kExpandMemory, 1, stream_, e); });
+    };
+    expand(expand_states<T, false>, p_.value_weight, plan_.values, p_.V);
+    const std::int64_t count = chunk_.batch * p_.G * p_.S * p_.K;
+    if (slim()) each(expand_keys<T>, count, Keys{p_, chunk_.first, moments()}, count, reinterpret_cast<T*>(plan_.keys));
+    else expand(expand_states<T, true>, p_.key_weight, plan_.keys, p_.K);
+    errors_([&] { return launch_prompt<T>({p_, chunk_, plan_.keys, plan_.values}, stream_); });
   }
 
   // Weights [b, h, t, S].

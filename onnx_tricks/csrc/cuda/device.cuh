@@ -72,6 +72,11 @@ __device__ inline void wait_for_copies() {
 #endif
 }
 
+// Brings what lies there nearer.
+__device__ inline void prefetch(const void* place) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(place));
+}
+
 // Four matrices of 8 x 8 numbers of 16 bits. Lane i gives the address of row i % 8 of matrix i / 8,
 // and gets numbers (i / 4, i % 4 * 2) and the next of each; those of the transposed if so asked.
 template <bool kTransposed>
@@ -183,6 +188,26 @@ __device__ inline float most_of_warp(float value) {
 __device__ inline float sum_of_warp(float value) {
   for (int step = 16; step; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
   return value;
+}
+
+// Two numbers of 16 bits in one.
+template <class T>
+__device__ inline std::uint32_t pack(float low, float high) {
+  const T two[2] = {narrow<T>(low), narrow<T>(high)};
+  std::uint32_t bits;
+  memcpy(&bits, two, sizeof bits);
+  return bits;
+}
+
+// What `multiply` takes as b from rows [k, k + 16) and columns [n, n + 8) of a matrix in shared
+// memory, then from the next eight columns. `kAcross`: the tile has the columns as its rows.
+template <bool kAcross, class T>
+__device__ inline void load_pair(std::uint32_t (&to)[4], const T* tile, int stride, int k, int n) {
+  const auto lane = static_cast<int>(threadIdx.x % 32);
+  if constexpr (kAcross)
+    load_matrices<false>(to, tile + (n + lane / 16 * 8 + lane % 8) * stride + k + lane / 8 % 2 * 8);
+  else
+    load_matrices<true>(to, tile + (k + lane % 16) * stride + n + lane / 16 * 8);
 }
 
 }  // namespace onnx_tricks::cuda

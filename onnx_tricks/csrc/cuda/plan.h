@@ -7,6 +7,7 @@
 
 #include "collect.cuh"
 #include "product.cuh"
+#include "prompt.cuh"
 #include "rows.cuh"
 
 namespace onnx_tricks::cuda {
@@ -21,7 +22,8 @@ inline std::int64_t parts_for(const Device& device, std::int64_t blocks, std::in
   return std::max<std::int64_t>(1, std::min({wanted, depth / 256, std::int64_t{64}}));
 }
 
-// What computes the sums of the latent. The environment variable ONNX_TRICKS_CUDA holds back what is
+// What computes the sums of the latent, or, where it is expanded, those of values (not in clusters).
+// The environment variable ONNX_TRICKS_CUDA holds back what is
 // faster than it says, to compare them: "plain" or "tensor".
 enum class Path { kPlain, kTensor, kCluster };
 
@@ -32,7 +34,7 @@ inline bool allowed(Path path) {
 }
 
 // Whether the latent can be read 16 bytes at a time, and multiplied as numbers of 16 bits.
-inline bool fits_tensor_cores(const Problem& p) {
+inline bool fits_collect(const Problem& p) {
   if (p.cache == Type::kFloat) return false;
   const auto places = reinterpret_cast<std::uintptr_t>(p.latent.present) |
                       reinterpret_cast<std::uintptr_t>(p.residual.present) |
@@ -40,6 +42,16 @@ inline bool fits_tensor_cores(const Problem& p) {
   if (places % 16) return false;
   if (p.kind != Operator::kSlim) return p.D % 32 == 0;
   return p.K % kPiece == 0 && p.residual.width % kPiece == 0 && p.R / 2 % kPiece == 0;
+}
+
+// The same of weights, keys and values.
+inline bool fits_prompt(const Problem& p) {
+  if (p.type == Type::kFloat || p.type != p.cache || std::max(p.K, p.V) > kMostWidth) return false;
+  std::uintptr_t places = 0;
+  for (const void* place : {static_cast<const void*>(p.latent.present), static_cast<const void*>(p.residual.present),
+                            p.query, p.key_weight, p.value_weight})
+    places |= reinterpret_cast<std::uintptr_t>(place);
+  return places % 16 == 0 && (p.K | p.V | p.D) % kPiece == 0;
 }
 
 // Spreads the columns over blocks. False if they are too many.
@@ -60,23 +72,28 @@ struct Plan {
   // tokens; else the weights are absorbed, and the cache is read as it is.
   bool expand = false;
   Path path = Path::kPlain;
-  Collect collect;  // but for what depends on a chunk; in use unless the path is plain
+  Collect collect;  // but for what depends on a chunk; in use unless the path is plain or expands
   Chunk chunk;      // the largest
   std::int64_t sum_parts = 1, output_parts = 1;
 
-  float *queries = nullptr, *keys = nullptr, *values = nullptr, *scores = nullptr;
+  float *queries = nullptr, *scores = nullptr;
+  float *keys = nullptr, *values = nullptr;  // numbers of 16 bits for prompts
   float* moments = nullptr;  // of keys, but for those that clusters read
   float *totals = nullptr, *sums = nullptr, *seen = nullptr, *outputs = nullptr;
-  std::int64_t floats = 0;
+  std::int64_t floats = 0, whole = 0;  // of all these, and of expanded keys and values alone
+
+  // Whether the kernel of prompt.cuh does all that follows the expansion.
+  bool prompt() const { return expand && path == Path::kTensor; }
 
   Plan(const Problem& p, const Device& device, void* scratch) {
     if (p.empty()) return;
     expand = work_expanded(p) < work_absorbed(p);
     chunk = {0, p.B, 0, p.T};
-    if (!expand) choose_path(p, device);
+    choose_path(p, device);
     for (lay_out(p, device, scratch); floats > ONNX_TRICKS_SCRATCH_FLOATS; lay_out(p, device, scratch)) {
       std::int64_t& most = chunk.batch > 1 ? chunk.batch : chunk.tokens;
-      if (most == 1) break;
+      // What is expanded of one row of the batch does not get smaller with fewer of its queries.
+      if (most == 1 || (chunk.batch == 1 && floats - whole <= ONNX_TRICKS_SCRATCH_FLOATS)) break;
       most = (most + 1) / 2;
     }
   }
@@ -95,7 +112,8 @@ struct Plan {
   }
 
   void choose_path(const Problem& p, const Device& device) {
-    if (!fits_tensor_cores(p)) return;
+    if (expand && fits_prompt(p) && device.capability >= 80 && allowed(Path::kTensor)) path = Path::kTensor;
+    if (expand || !fits_collect(p)) return;
     for (const Path faster : {Path::kCluster, Path::kTensor}) {
       if (device.capability < (faster == Path::kCluster ? 90 : 80) || !allowed(faster)) continue;
       collect = {p, chunk, p.kind == Operator::kSlim ? p.residual : p.latent};
@@ -123,10 +141,12 @@ struct Plan {
       return place;
     };
     if (expand) {
+      const std::int64_t lines = chunk.batch * p.G * p.S, each = prompt() ? 2 : 1;
       sum_parts = 0;
-      output_parts = parts_for(device, rows / flat * ((p.V + 63) / 64), p.S);
-      keys = take(slim ? 0 : chunk.batch * p.G * p.S * p.K);
-      values = take(chunk.batch * p.G * p.S * p.V);
+      output_parts = prompt() ? 0 : parts_for(device, rows / flat * ((p.V + 63) / 64), p.S);
+      keys = take(slim && !prompt() ? 0 : lines * p.K / each);
+      values = take(lines * p.V / each);
+      whole = floats;
     } else {
       const std::int64_t high = (p.H * chunk.tokens + flat - 1) / flat;
       sum_parts = parts_for(device, chunk.batch * high * ((p.D + 63) / 64), p.S);
@@ -136,9 +156,9 @@ struct Plan {
       if (path != Path::kPlain) sum_parts = collect.splits = splits(device);
     }
     moments = take(p.normed() && path != Path::kCluster ? 2 * p.B * p.norms() * p.S : 0);
-    scores = take(path == Path::kCluster ? 0 : rows * p.S);
+    scores = take(path == Path::kCluster || prompt() ? 0 : rows * p.S);
     seen = take(path == Path::kCluster ? 2 * sum_parts * rows : 0);
-    totals = take(rows);
+    totals = take(prompt() ? 0 : rows);
     sums = take(sum_parts * rows * p.D);
     outputs = take(output_parts * rows * p.V);
   }

@@ -32,19 +32,27 @@ struct Matrix {
 
 // The cached rows [S, D] of row first + z / groups of the batch: keys side by side, then the rest.
 struct Latent {
+  struct Place {
+    const void* data;
+    std::int64_t index;
+  };
+
   State keys, rest;  // keys of no width where there are none
   Type type;
   std::int64_t first, groups;
 
-  __device__ float operator()(unsigned z, unsigned row, unsigned column) const {
+  // Where the number lies.
+  __device__ Place place(unsigned z, unsigned row, unsigned column) const {
     const std::int64_t b = first + z / static_cast<unsigned>(groups);
     const auto width = static_cast<unsigned>(keys.width), side = width * static_cast<unsigned>(keys.groups);
-    if (column >= side) {
-      const std::int64_t place = b * rest.present_length + row;
-      return Numbers{rest.present, type}[place * rest.width + (column - side)];
-    }
-    const std::int64_t place = (b * keys.groups + column / width) * keys.present_length + row;
-    return Numbers{keys.present, type}[place * width + column % width];
+    if (column >= side)
+      return {rest.present, (b * rest.present_length + row) * rest.width + (column - side)};
+    const std::int64_t line = (b * keys.groups + column / width) * keys.present_length + row;
+    return {keys.present, line * width + column % width};
+  }
+  __device__ float operator()(unsigned z, unsigned row, unsigned column) const {
+    const Place found = place(z, row, column);
+    return Numbers{found.data, type}[found.index];
   }
   __device__ bool rows_contiguous() const { return true; }
 };

@@ -62,8 +62,9 @@ __device__ inline float finish_score(const Problem& p, float score, float bias) 
   return score + bias;
 }
 
-// Scores [rows, S] become weights, a block for each row. A total of 0 says that there is nothing to
-// attend to.
+// Scores [rows, S] become weights, a block for each row: powers that are still to be divided by
+// their total, as small shares of a long context would not fit 16 bits. A total of 0 says that
+// there is nothing to attend to.
 constexpr int kMostSoftmaxThreads = 1024;
 
 __global__ void __launch_bounds__(kMostSoftmaxThreads)
@@ -94,9 +95,12 @@ __global__ void __launch_bounds__(kMostSoftmaxThreads)
     total += scores[s];
   }
   total = over_block(total, sum_of_warp, [](float x, float y) { return x + y; });
-  if (!nothing)
-    for (std::int64_t s = thread; s < p.S; s += threads) scores[s] /= total;
   if (thread == 0) totals[row] = total;
+}
+
+// Of a row in which no score is greater than -INFINITY.
+__device__ inline float total_of_nothing(const Problem& p, float total) {
+  return total == 0 && (p.safe || p.S == 0) ? 0 : NAN;
 }
 
 // Sums of several splits of the tokens, each with the greatest score that it saw and the total of
@@ -114,10 +118,16 @@ __global__ void __launch_bounds__(kThreads)
       total += one.y * weight;
       sum += sums[j * rows * p.D + i] * weight;
     }
-    const bool nothing = most == -INFINITY && (p.safe || p.S == 0);
-    sums[i] = nothing ? 0 : sum / total;
-    if (i % p.D == 0) totals[row] = nothing || total > 0 ? total : NAN;
+    sums[i] = sum;
+    if (i % p.D == 0) totals[row] = total > 0 ? total : total_of_nothing(p, total);
   });
+}
+
+// One number of the output, of the sum of weights times values.
+__device__ inline float finish_sum(const Problem& p, float sum, float total, float bias) {
+  const bool nothing = total == 0;
+  sum = nothing ? 0 : sum / total;
+  return nothing && p.safe ? sum : sum + bias;
 }
 
 // Parts of [b, h, t, V] become the output [B, T, H, V].
@@ -126,13 +136,11 @@ __global__ void __launch_bounds__(kThreads)
   for_each(chunk.rows(p) * p.V, [&](std::int64_t i) {
     const std::int64_t row = i / p.V, v = i % p.V, t = chunk.start + row % chunk.tokens;
     const std::int64_t h = row / chunk.tokens % p.H, b = chunk.first + row / chunk.tokens / p.H;
-    const bool nothing = totals[row] == 0;
     float sum = 0;
     for (std::int64_t j = 0; j < count; ++j) sum += parts[j * chunk.rows(p) * p.V + i];
-    if (nothing) sum = 0;
-    if (p.value_bias && !(nothing && p.safe))
-      sum += Numbers{p.value_bias, p.type}[h * p.V + v];
-    Numbers{p.output, p.type}.set(((b * p.T + t) * p.H + h) * p.V + v, sum);
+    const float bias = p.value_bias ? Numbers{p.value_bias, p.type}[h * p.V + v] : 0;
+    Numbers{p.output, p.type}.set(((b * p.T + t) * p.H + h) * p.V + v,
+                                  finish_sum(p, sum, totals[row], bias));
   });
 }
 

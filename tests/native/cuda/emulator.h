@@ -111,6 +111,8 @@ void wait_for_copies() {
   emulated::wait_for_copies(kGroups);
 }
 
+inline void prefetch(const void*) {}
+
 template <class T>
 T* of_block(T* place, int block) {
   return static_cast<T*>(emulated::of_block(place, block));

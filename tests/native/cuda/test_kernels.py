@@ -82,14 +82,15 @@ def hidden_feeds(
     heads: int = 4,
     groups: int = 4,
     width: int = 64,
+    keys: int = 6,
     out: int = 16,
 ) -> dict[str, Array]:
     random = np.random.default_rng((tokens, total, heads, groups, width))
     shapes = {
-        "query": (batch, heads, tokens, 6),
+        "query": (batch, heads, tokens, keys),
         "hidden": (batch, total if cross else tokens, width),
         "past_hidden": (batch, 0 if cross else total - tokens, width),
-        "key_weight": (groups, 6, width),
+        "key_weight": (groups, keys, width),
         "value_weight": (groups, width, out),
         "bias": (1, heads, tokens, total),
         "value_bias": (heads, 1, out),
@@ -114,7 +115,7 @@ def expected(op_type: str, feeds: dict[str, Array], dtype: Any, cache: Any, **fo
     form.pop("safe", None)
     if op_type == "SlimAttention":
         return slim_attention(feeds, epsilon=EPSILON_OF_KEYS, **options, **form)
-    return slim_hidden(feeds, **options)
+    return slim_hidden(feeds, **options, **form)
 
 
 def check(op_type: str, feeds: dict[str, Array], dtype: Any, cache: Any, **form: Any) -> None:
@@ -247,18 +248,92 @@ def test_a_prompt_is_masked_by_its_bias(path: str) -> None:
     for tokens in 4, 40:
         feeds = key_feeds(tokens, 70, without=("key_bias", "value_bias"))
         feeds["bias"] = np.triu(np.full((tokens, 70 + tokens), -np.inf), 71)
-        check("SlimAttention", feeds, HALF, HALF)
+        check_prompt("SlimAttention", feeds, HALF)
+
+
+def prompt(op_type: str, tokens: int, other: int, form: dict[str, Any], **options: Any) -> Any:
+    feeds = key_feeds if op_type == "SlimAttention" else hidden_feeds
+    return op_type, feeds(tokens, other, **options), form
+
+
+PROMPTS = {
+    "several blocks of queries": prompt("SlimAttention", 140, 3, {}),
+    "more chunks than one": prompt("SlimAttention", 40, 70, {}, batch=3),
+    "heads that share keys": prompt("SlimAttention", 70, 5, {}, groups=2),
+    "turned in part": prompt("SlimAttention", 50, 9, {}, width=24, rotary=8),
+    "interleaved": prompt("SlimAttention", 50, 9, {"interleaved": True}),
+    "softened": prompt("SlimAttention", 50, 9, {"softcap": True}, rotary=0),
+    "normalised": prompt("SlimAttention", 50, 9, {"norm": "heads", "centered": True}, norm=True),
+    "no terms": prompt("SlimAttention", 33, 0, {}, without=("bias", "value_bias", "key_bias")),
+    "keys alone": prompt("SlimAttention", 33, 0, {}, rank=0, rotary=0),
+    "96 channels": prompt("SlimAttention", 90, 20, {}, width=80, heads=2, groups=2, out=96),
+    "128 channels": prompt("SlimAttention", 50, 20, {}, width=104, heads=2, groups=2),
+    "256 channels": prompt("SlimAttention", 90, 20, {}, heads=2, groups=1, width=136, out=40),
+    "hidden": prompt("SlimHiddenAttention", 80, 150, {}, keys=8, batch=2),
+    "shared": prompt("SlimHiddenAttention", 80, 90, {"softcap": True}, keys=16, groups=2, out=72),
+    "encoder": prompt("SlimCrossAttention", 70, 200, {}, keys=8, cross=True),
+}
+
+
+def check_prompt(op_type: str, feeds: dict[str, Array], dtype: Any, **form: Any) -> None:
+    """The project's rule: at most twice the error of attention that rounds to its type."""
+
+    def rounded(array: Array) -> Array:
+        return array.astype(dtype.numpy()).astype(np.float64)
+
+    ours, *_ = run_node(op_type, feeds, dtype=dtype, cache=dtype, **form)
+    exact, *_ = expected(op_type, feeds, dtype, dtype, **form)
+    theirs, *_ = expected(op_type, feeds, dtype, dtype, rounded=rounded, **form)
+    assert np.abs(ours - exact).max() <= 2 * np.abs(rounded(theirs) - exact).max()
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRIEF])
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts_of_16_bits_are_computed_by_tensor_cores(
+    emulated: Emulated, name: str, dtype: Any
+) -> None:
+    op_type, feeds, form = PROMPTS[name]
+    emulated.launches()
+    check_prompt(op_type, feeds, dtype, **form)
+    launched = emulated.launches()
+    assert "Prompt" in launched
+    assert "softmax" not in launched
+    assert "write_output" not in launched
+
+
+def test_prompts_can_be_held_back(emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONNX_TRICKS_CUDA", "plain")
+    emulated.launches()
+    check("SlimAttention", key_feeds(40), HALF, HALF)
+    assert "Prompt" not in emulated.launches()
+
+
+@pytest.mark.parametrize("masked", [-np.inf, float(np.finfo(np.float16).min)])
+def test_what_a_prompt_may_not_see_is_not_seen(masked: float) -> None:
+    tokens, past = 150, 40
+    feeds = key_feeds(tokens, past, heads=2, groups=2)
+    feeds["bias"] = np.triu(np.full((tokens, past + tokens), masked), past + 1)
+    check_prompt("SlimAttention", feeds, HALF)
+
+
+def test_small_shares_of_a_long_context_are_kept(path: str) -> None:
+    """Equal weights of many tokens: a share of one is no normal number of 16 bits."""
+    feeds = hidden_feeds(1, 40_000, cross=True, heads=1, groups=1, width=32, out=8)
+    feeds["query"] *= 0
+    feeds["hidden"] = np.abs(feeds["hidden"])
+    check("SlimCrossAttention", feeds, HALF, HALF)
 
 
 def test_an_empty_past_is_fine(path: str) -> None:
     check("SlimAttention", key_feeds(3, 0, without=("bias",)), FLOAT, HALF)
 
 
-def test_rows_without_anything_to_attend_to(path: str) -> None:
-    feeds = key_feeds(2, 70)
+@pytest.mark.parametrize(("tokens", "dtype"), [(2, FLOAT), (70, HALF)])
+def test_rows_without_anything_to_attend_to(path: str, tokens: int, dtype: Any) -> None:
+    feeds = key_feeds(tokens, 70)
     feeds["bias"][:, :, 1] = -np.inf
-    safe, *_ = run_node("SlimAttention", feeds, dtype=FLOAT, cache=HALF, safe=True)
-    unsafe, *_ = run_node("SlimAttention", feeds, dtype=FLOAT, cache=HALF)
+    safe, *_ = run_node("SlimAttention", feeds, dtype=dtype, cache=HALF, safe=True)
+    unsafe, *_ = run_node("SlimAttention", feeds, dtype=dtype, cache=HALF)
     assert (safe[:, 1] == 0).all()
     assert np.isnan(unsafe[:, 1]).all()
     np.testing.assert_array_equal(safe[:, 0], unsafe[:, 0])
