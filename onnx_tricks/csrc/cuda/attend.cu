@@ -167,9 +167,15 @@ class Attention {
     const std::int64_t matrices = chunk_.batch * p_.G;
     multiply(Product<Latent, Matrix>{latent(p_.G), weight(p_.value_weight, p_.D, p_.V, false),
                                      expanded(plan_.values, p_.V), matrices, p_.S, p_.V, p_.D, 1});
-    if (!slim())
-      multiply(Product<Latent, Matrix>{latent(p_.G), weight(p_.key_weight, p_.K, p_.D, true),
-                                       expanded(plan_.keys, p_.K), matrices, p_.S, p_.K, p_.D, 1});
+    if (slim()) return expand_cached_keys<float>();
+    multiply(Product<Latent, Matrix>{latent(p_.G), weight(p_.key_weight, p_.K, p_.D, true),
+                                     expanded(plan_.keys, p_.K), matrices, p_.S, p_.K, p_.D, 1});
+  }
+
+  template <class T>
+  void expand_cached_keys() {
+    const std::int64_t count = chunk_.batch * p_.G * p_.S * p_.K;
+    each(expand_keys<T>, count, Keys{p_, chunk_.first, moments()}, count, reinterpret_cast<T*>(plan_.keys));
   }
 
   template <class T>
@@ -179,8 +185,7 @@ class Attention {
       errors_([&] { return launch(kernel, e.blocks(), kThreads, kExpandMemory, 1, stream_, e); });
     };
     expand(expand_states<T, false>, p_.value_weight, plan_.values, p_.V);
-    const std::int64_t count = chunk_.batch * p_.G * p_.S * p_.K;
-    if (slim()) each(expand_keys<T>, count, Keys{p_, chunk_.first, moments()}, count, reinterpret_cast<T*>(plan_.keys));
+    if (slim()) expand_cached_keys<T>();
     else expand(expand_states<T, true>, p_.key_weight, plan_.keys, p_.K);
     errors_([&] { return launch_prompt<T>({p_, chunk_, plan_.keys, plan_.values}, stream_); });
   }
@@ -189,11 +194,12 @@ class Attention {
   void score() {
     const std::int64_t matrices = chunk_.batch * p_.G;
     const Matrix scores = rows(plan_.scores, p_.S, p_.G);
-    if (slim()) {
-      multiply(Product<Matrix, Keys>{query(), {p_, chunk_.first, moments()}, scores, matrices, group_rows(), p_.S, p_.K, 1});
-    } else if (plan_.expand) {
+    if (plan_.expand) {
       multiply(Product<Matrix, Matrix>{query(), transposed(expanded(plan_.keys, p_.K)), scores,
                                        matrices, group_rows(), p_.S, p_.K, 1});
+    } else if (slim()) {
+      multiply(Product<Matrix, Keys>{query(), {p_, chunk_.first, moments()}, scores, matrices,
+                                     group_rows(), p_.S, p_.K, 1});
     } else {
       const std::int64_t stride = p_.latent.present_length * p_.D;
       Matrix latent{{at(p_.latent.present, p_.cache, chunk_.first * stride), p_.cache}};

@@ -1,7 +1,7 @@
-// Keys and values of all cached tokens, made whole in 16 bits for the kernel of prompt.cuh.
+// Keys and values of all cached tokens, made whole for many queries.
 //
-// They are as exact as what the model had before it was made slim: it computed the same rows, and
-// rounded them to the same type.
+// In 16 bits they are as exact as what the model had before it was made slim: it computed the same
+// rows, and rounded them to the same type.
 #pragma once
 
 #include "product.cuh"

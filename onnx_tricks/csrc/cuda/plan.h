@@ -68,8 +68,8 @@ inline bool divide(const Device& device, Collect& c) {
 }
 
 struct Plan {
-  // Whether values (and keys of a hidden state) are made whole, which is less work for many new
-  // tokens; else the weights are absorbed, and the cache is read as it is.
+  // Whether keys and values are made whole, which is less work for many new tokens; else the
+  // weights are absorbed, and the cache is read as it is.
   bool expand = false;
   Path path = Path::kPlain;
   Collect collect;  // but for what depends on a chunk; in use unless the path is plain or expands
@@ -144,7 +144,7 @@ struct Plan {
       const std::int64_t lines = chunk.batch * p.G * p.S, each = prompt() ? 2 : 1;
       sum_parts = 0;
       output_parts = prompt() ? 0 : parts_for(device, rows / flat * ((p.V + 63) / 64), p.S);
-      keys = take(slim && !prompt() ? 0 : lines * p.K / each);
+      keys = take(lines * p.K / each);
       values = take(lines * p.V / each);
       whole = floats;
     } else {
