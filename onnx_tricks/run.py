@@ -18,6 +18,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from onnx_tricks.errors import ParityError
+from onnx_tricks.graph.computed import computed_weights, store_weights
 from onnx_tricks.graph.layout import DataLayout
 from onnx_tricks.graph.load import load_model
 from onnx_tricks.graph.phases import PHASES, merged_decoder
@@ -262,6 +263,10 @@ class Run:
             # Exporters may keep modules as functions; norms and linear layers meet across them.
             worked = model.clone()
             InlinePass(_is_module)(worked)
+        if computed_weights(worked):
+            # To a pass, a weight is what is stored.
+            worked = model.clone() if worked is model else worked
+            store_weights(worked)
         results = run_passes(worked, passes)
         final = worked if any(result.applied for result in results) else model
         return Rewritten(final, layout, results, before, measure(final))

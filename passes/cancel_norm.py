@@ -15,7 +15,8 @@ from onnx_tricks.graph.names import node_name
 from onnx_tricks.graph.shapes import dtype_of
 from onnx_tricks.patterns.extents import Extents
 from onnx_tricks.patterns.homogeneous import End, spread
-from onnx_tricks.patterns.norm import Norm, find_norms
+from onnx_tricks.patterns.norm import Norm
+from onnx_tricks.patterns.norms import find_norms
 from onnx_tricks.rewrite import Pass, Site, Skip
 from onnx_tricks.runtime.activations import observe
 

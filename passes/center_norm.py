@@ -23,7 +23,8 @@ from onnx_tricks.graph.shapes import dtype_of, rank_of
 from onnx_tricks.graph.spell import write_centred, write_norm
 from onnx_tricks.patterns.maker import Made
 from onnx_tricks.patterns.mean import MeanReader, read_mean
-from onnx_tricks.patterns.norm import Norm, find_norms
+from onnx_tricks.patterns.norm import Norm
+from onnx_tricks.patterns.norms import find_norms
 from onnx_tricks.patterns.sharing import Claim, Conflict, find_conflicts, share_groups
 from onnx_tricks.patterns.stream import Stream, Term, Use, find_stream
 from onnx_tricks.rewrite import Pass, Site, Skip
@@ -192,12 +193,14 @@ class CenterNorm(Pass):
 def _streams(readers: list[MeanReader], order: Mapping[ir.Node, int]) -> Iterator[Part | Skip]:
     """The stream of every reader, each stream once."""
     entries = {use: index for index, reader in enumerate(readers) for use in reader.uses}
+    # What is written anew cannot be centred inside, by the bias of a norm say.
+    norms = {reader.norm.output for reader in readers}
     seen: set[int] = set()
     for index, reader in enumerate(readers):
         if index in seen:
             continue
         norm = reader.norm
-        stream = find_stream(reader.source, norm.axis, norm.width, entries.__contains__)
+        stream = find_stream(reader.source, norm.axis, norm.width, entries.__contains__, norms)
         members = sorted({entries[use] for use in stream.readers if use in entries} | {index})
         seen |= set(members)
         reason = _stream_reason(stream, entries)

@@ -14,7 +14,8 @@ from onnx_tricks.graph.edit import add_constant, insert, insert_after, shared_co
 from onnx_tricks.graph.shapes import dim, dtype_of, rank_of
 from onnx_tricks.patterns.extents import Extents
 from onnx_tricks.patterns.linear import Linear, find_linear
-from onnx_tricks.patterns.norm import Norm, find_norms
+from onnx_tricks.patterns.norm import Norm
+from onnx_tricks.patterns.norms import find_norms
 from onnx_tricks.patterns.projection import bias_of, matrix_of
 from onnx_tricks.patterns.readers import find_readers
 from onnx_tricks.rewrite import Pass, Site, Skip

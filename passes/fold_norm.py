@@ -14,7 +14,8 @@ from onnx_tricks.fold.write import copy_weight, make_plain, set_bias
 from onnx_tricks.graph.edit import rewrite_constant
 from onnx_tricks.graph.names import node_name
 from onnx_tricks.patterns.extents import Extents
-from onnx_tricks.patterns.norm import Norm, OpaqueNorm, find_norms
+from onnx_tricks.patterns.norm import Norm, OpaqueNorm
+from onnx_tricks.patterns.norms import find_norms
 from onnx_tricks.patterns.sharing import Claim, Conflict, find_conflicts, share_groups
 from onnx_tricks.patterns.weight import Weight
 from onnx_tricks.rewrite import Pass, Site, Skip
@@ -93,13 +94,14 @@ class FoldNorm(Pass):
                 else:
                     parts[index] = part
         while True:
-            conflicts = find_conflicts(_claims(parts))
+            last = _last_in_line(parts)
+            conflicts = find_conflicts(_claims(last))
             refused = {c.claim.owner: c for c in conflicts if not self._resolves(c)}
             if not refused:
                 break
             for owner, conflict in sorted(refused.items()):
                 yield Skip(node_name(parts.pop(owner).norm.node), sharing_reason(conflict))
-        yield from _together(parts, conflicts)
+        yield from _together(last, conflicts)
 
     def apply(self, model: ir.Model, site: Site) -> None:
         """Fold the norms of one site."""
@@ -133,6 +135,18 @@ class FoldNorm(Pass):
         if self.shared_weights != "auto":
             return self.shared_weights
         return "skip" if weight.half else "rescale"
+
+
+def _last_in_line(parts: dict[int, Part]) -> dict[int, Part]:
+    """Leave for another round what another gain scales once more on its way to a linear layer."""
+    taken: set[tuple[ir.Node, int]] = set()
+    found: dict[int, Part] = {}
+    for index, part in sorted(parts.items(), reverse=True):
+        places = {(one.linear.node, one.linear.weight_index) for one in part.readers}
+        if not places & taken:
+            found[index] = part
+        taken |= places
+    return dict(sorted(found.items()))
 
 
 def _claims(parts: dict[int, Part]) -> Iterator[Claim]:

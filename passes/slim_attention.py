@@ -87,13 +87,14 @@ class SlimAttention(Pass):
         tolerance: The error that rounding the cache may bring to the values, as a multiple of the
             error of rounding the values themselves. Where verification fails, a lower one is tried.
         rank: Numbers of residual beside each key; None to choose them by the tolerance.
-        cache_dtype: Type of the cached states; "auto" for that of the model.
+        cache_dtype: Type of the cached states; "auto" for that in which a layer computes, whatever
+            type its cache had.
         positions: Where the positions of cached keys come from: "mask" counts along the attention
             mask, as exporters do (or from zero where there is none); "state" keeps them as one more
             state, for callers that choose positions themselves.
         calibrate: Whether the model may write some text first, to learn what its keys look like:
             the same error from about half the rank.
-        encoder_dtype: Type in which an encoder's states enter, "auto" for that of the model. They
+        encoder_dtype: Type in which an encoder's states enter; "auto" leaves them theirs. They
             stand for the keys and values of all layers, which feel their rounding at once.
     """
 
@@ -173,7 +174,7 @@ class SlimAttention(Pass):
         assert isinstance(site, SlimSite)
         run = DryRun(model)
         angles = Angles(model, run, keep=self.positions == "state")
-        masks, entrance = Masks(model), Entrance(model)
+        masks, entrance = Masks(model), Entrance(model, narrow=self.encoder_dtype != "auto")
         changes: dict[str, list[State]] = {}
         gone: dict[ir.Value, list[Length]] = {}
         for plan in site.plans:
@@ -195,7 +196,7 @@ class SlimAttention(Pass):
         for plan in site.plans:
             if plan.operator == "SlimCrossAttention":
                 entrance.narrow(plan)
-        angles.declare()
+        angles.finish()
         free_shapes(model, gone, run)
         for value in gone:
             model.graph.inputs.remove(value)

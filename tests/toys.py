@@ -63,6 +63,11 @@ def weights(seed: int = 0) -> dict[str, np.ndarray]:
         "w_map": normal((F, D, 1, 1)) / 4,
         "w_map3": normal((F, D, 3, 1)) / 4,
         "w_each": normal((D, 1, 3, 1)) / 4,
+        "w_up": normal((D, F, 3)) / 4,
+        "w_gates": normal((1, 12, D)) / 4,
+        "w_states3": normal((1, 12, 4)) / 4,
+        "w_states4": normal((1, 12, 3)) / 4,
+        "c_gates": 0.3 * normal((1, 24)),
     }
 
 
@@ -84,6 +89,10 @@ INTEGERS = {
     "before_all": np.array([-np.iinfo(np.int64).max]),
     "pair": np.array([2]),
     "pairs": np.array([-1, 2]),
+    "second": np.array(1),
+    "row_length": np.array(D),
+    "places": np.arange(D),
+    "places_turned": np.arange(D)[::-1].copy(),
     "channel_pads": np.array([0, 0, 0, 0, 0, D]),
     "no_pads": np.array([0, 1, 0, 0, 0, 0]),
 }
@@ -148,10 +157,13 @@ def feeds(proto: onnx.ModelProto, seed: int = 1, length: int = 5) -> dict[str, n
     return found
 
 
+# Operators for which the runtime has no float64 kernel.
+_NARROW = {"Conv", "ConvTranspose", "Erf", "GRU", "GlobalAveragePool", "LSTM", "Resize"}
+
+
 def run_exactly(proto: onnx.ModelProto, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     """Run a float64 model without the runtime's fusions, which keep epsilon in float32."""
-    if {"Conv", "GlobalAveragePool"} & {node.op_type for node in proto.graph.node}:
-        # The runtime has no float64 kernel for these.
+    if _NARROW & {node.op_type for node in proto.graph.node}:
         return list(onnx.reference.ReferenceEvaluator(proto).run(None, dict(inputs)))
     return run(proto, inputs, optimise=False)
 

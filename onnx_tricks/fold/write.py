@@ -61,7 +61,10 @@ def make_plain(model: ir.Model, norm: Norm, kept: Array | None) -> None:
         ones = shared_vector(model, 1.0, norm.width, norm.dtype)
         norm.node.replace_input_with(norm.fused.gain, ones)
         if norm.fused.bias is not None and norm.fused.bias < len(norm.node.inputs):
-            if kept is None:
+            if kept is None and norm.fused.maps:
+                zeros = shared_vector(model, 0.0, norm.width, norm.dtype)
+                norm.node.replace_input_with(norm.fused.bias, zeros)
+            elif kept is None:
                 norm.node.replace_input_with(norm.fused.bias, None)
             else:
                 replace_input(

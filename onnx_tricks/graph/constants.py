@@ -1,7 +1,7 @@
 """Constants of a graph: what a value is known to be before the model runs.
 
 Exporters write a constant as an initializer, a Constant node, or a small expression of them
-(`Transpose`, `Cast`, `1 + w`). All three are read alike here, and evaluated only when asked.
+(`Transpose`, `Split`, `1 + w`). All three are read alike here, and evaluated only when asked.
 """
 
 from __future__ import annotations
@@ -12,11 +12,23 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnx_tricks.graph.shapes import rank_of, shape_of
+from onnx_tricks.errors import ModelError
+from onnx_tricks.graph.array_ops import ARRAY_OPS
+from onnx_tricks.graph.shapes import shape_of
 
-__all__ = ["evaluate", "is_constant", "is_whole_shape", "scalar", "step", "stored_tensor"]
+__all__ = [
+    "deferred",
+    "evaluate",
+    "is_constant",
+    "is_default",
+    "is_whole_shape",
+    "scalar",
+    "step",
+    "stored_tensor",
+]
 
 _Array = np.ndarray[Any, np.dtype[Any]]
+_Recipe = Callable[[dict[ir.Value, _Array]], _Array]
 
 
 def stored_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -40,9 +52,14 @@ def stored_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
     return ir.convenience.get_const_tensor(value)
 
 
+def is_default(value: ir.Value | None) -> bool:
+    """Whether a value is stored, but an input of the graph as well, which callers may override."""
+    return value is not None and value.is_initializer() and value.is_graph_input()
+
+
 def is_constant(value: ir.Value | None) -> bool:
     """Whether `evaluate` can give the value."""
-    return _constant(value, depth=0)
+    return _constant(value, 0, {})
 
 
 def evaluate(value: ir.Value | None) -> _Array | None:
@@ -50,14 +67,26 @@ def evaluate(value: ir.Value | None) -> _Array | None:
 
     Stored tensors are returned without a copy (memory-mapped where they are external).
     """
-    return _evaluate(value) if is_constant(value) else None
+    compute = deferred(value)
+    return None if compute is None else compute()
+
+
+def deferred(value: ir.Value | None) -> Callable[[], _Array] | None:
+    """What `evaluate` does, for later, when the nodes may be gone; None when it is not constant."""
+    if value is None or not is_constant(value):
+        return None
+    recipe = _recipe(value, {})
+    return lambda: recipe({})
 
 
 def scalar(value: ir.Value | None) -> float | None:
     """The number in a constant of one element, or None."""
     tensor = stored_tensor(value)
+    shape = shape_of(value) if tensor is None and value is not None else None
     if tensor is not None and tensor.size != 1:
         return None
+    if shape is not None and any(isinstance(one, int) and one != 1 for one in shape):
+        return None  # whatever it is, computing it would not make it a number
     array = evaluate(value)
     return (
         float(array.reshape(()).astype(np.float64))
@@ -72,38 +101,77 @@ def step(node: ir.Node) -> Callable[[_Array], _Array] | None:
     The function stays valid when the node is removed from its graph.
     """
     rest = [evaluate(operand) for operand in node.inputs[1:] if operand is not None]
-    if node.domain != "" or node.op_type not in _OPS or any(array is None for array in rest):
+    known = node.domain == "" and node.op_type in ARRAY_OPS and len(node.outputs) == 1
+    if not known or any(array is None for array in rest):
         return None
-    return lambda array: _OPS[node.op_type](node, array, *rest)
+    return lambda array: ARRAY_OPS[node.op_type](node, array, *rest)
 
 
-def _constant(value: ir.Value | None, depth: int) -> bool:
+def _constant(value: ir.Value | None, depth: int, found: dict[ir.Value, bool]) -> bool:
+    """Whether a value is constant; what has been found of others is kept."""
     if value is None or depth > _MAX_DEPTH:
         return False
-    if stored_tensor(value) is not None:
-        return True
+    if value not in found:
+        found[value] = stored_tensor(value) is not None or _made_of_constants(value, depth, found)
+    return found[value]
+
+
+def _made_of_constants(value: ir.Value, depth: int, found: dict[ir.Value, bool]) -> bool:
     node = value.producer()
-    if node is None or node.domain != "" or len(node.outputs) != 1:
+    if node is None or node.domain != "":
         return False
-    if node.op_type in _OF_SHAPES:
-        return _of_shape(node) is not None
-    if node.op_type not in _OPS:
+    if _of_shape(node) is not None:
+        return True
+    if node.op_type not in ARRAY_OPS or (len(node.outputs) > 1 and node.op_type != "Split"):
         return False
     inputs = [operand for operand in node.inputs if operand is not None]
-    return bool(inputs) and all(_constant(operand, depth + 1) for operand in inputs)
+    # What bounds are may be told by attributes, or by which of the inputs are left out.
+    if len(inputs) < _BOUNDED.get(node.op_type, 0) or None in node.inputs[: len(inputs)]:
+        return False
+    return bool(inputs) and all(_constant(operand, depth + 1, found) for operand in inputs)
 
 
-def _evaluate(value: ir.Value | None) -> _Array:
-    tensor = stored_tensor(value)
+def _recipe(value: ir.Value, known: dict[ir.Value, _Recipe]) -> _Recipe:
+    """How to compute a value, once for each dictionary of what has been computed."""
+    if value in known:
+        return known[value]
+    tensor, node = stored_tensor(value), value.producer()
     if tensor is not None:
-        return tensor.numpy()
-    assert value is not None
-    node = value.producer()
-    assert node is not None
-    if (known := _of_shape(node)) is not None:
-        return known
-    operands = [_evaluate(operand) for operand in node.inputs if operand is not None]
-    return _OPS[node.op_type](node, *operands)
+        compute: _Recipe = lambda _: tensor.numpy()  # noqa: E731
+    else:
+        assert node is not None
+        compute = _operation(value, node, known)
+
+    def once(found: dict[ir.Value, _Array]) -> _Array:
+        if value not in found:
+            found[value] = compute(found)
+        return found[value]
+
+    return known.setdefault(value, once)
+
+
+def _operation(value: ir.Value, node: ir.Node, known: dict[ir.Value, _Recipe]) -> _Recipe:
+    lengths = _of_shape(node)
+    if lengths is not None:
+        return lambda _: lengths
+    operands = [_recipe(operand, known) for operand in node.inputs if operand is not None]
+    place = list(node.outputs).index(value)
+
+    def compute(found: dict[ir.Value, _Array]) -> _Array:
+        arrays = [operand(found) for operand in operands]
+        try:
+            made = ARRAY_OPS[node.op_type](node, *arrays)
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            shapes = ", ".join(str(list(array.shape)) for array in arrays)
+            raise ModelError(
+                f"{node.op_type} node {node.name or value.name!r} cannot be computed from its "
+                f"constants of shapes {shapes}: {error}. If ONNX Runtime cannot either, export the "
+                "model again."
+            ) from None
+        array: _Array = made[place] if isinstance(made, list) else made
+        return array
+
+    return compute
 
 
 def is_whole_shape(node: ir.Node) -> bool:
@@ -112,88 +180,45 @@ def is_whole_shape(node: ir.Node) -> bool:
 
 
 def _of_shape(node: ir.Node) -> _Array | None:
-    """A Shape of static dimensions, or a Size of a Shape (a rank): data cannot change them."""
+    """Static dimensions out of a Shape, or their number (a rank): data cannot change them."""
     source = node.inputs[0] if node.inputs else None
-    if source is None or node.op_type not in _OF_SHAPES:
+    if source is None or node.domain != "" or node.op_type not in _OF_SHAPES:
+        return None
+    if node.op_type == "Shape":
+        return _static(_lengths(node))
+    shaped = source.producer()
+    if shaped is None or shaped.op_type != "Shape" or shaped.domain != "":
+        return None
+    lengths = _lengths(shaped)
+    if lengths is None:
         return None
     if node.op_type == "Size":
-        producer = source.producer()
-        if producer is None or producer.op_type != "Shape" or not is_whole_shape(producer):
-            return None
-        shaped = producer.inputs[0]
-        rank = rank_of(shaped) if shaped is not None else None
-        return None if rank is None else np.asarray(rank, dtype=np.int64)
-    shape = shape_of(source)
-    if shape is None or not all(isinstance(length, int) for length in shape):
+        return np.asarray(lengths.size, dtype=np.int64)
+    rest = [tensor.numpy() for one in node.inputs[1:] if (tensor := stored_tensor(one)) is not None]
+    if len(rest) < len(node.inputs) - 1 or len(rest) < _SHAPE_PICKS[node.op_type]:
         return None
-    if not is_whole_shape(node):
+    return _static(ARRAY_OPS[node.op_type](node, lengths, *rest))
+
+
+def _lengths(node: ir.Node) -> _Array | None:
+    """What a Shape gives, as far as it is known: numbers, and symbols."""
+    shape = shape_of(node.inputs[0]) if node.inputs[0] is not None else None
+    if shape is None:
         return None
-    return np.asarray(shape.numpy(), dtype=np.int64)
+    lengths = np.empty(len(shape), dtype=object)
+    lengths[:] = list(shape)
+    picked: _Array = lengths[node.attributes.get_int("start", 0) : node.attributes.get_int("end")]
+    # Where axes are asked for that are not there, what the file says of the shape is wrong.
+    return picked if picked.size or not node.attributes else None
 
 
-def _axes(node: ir.Node, operands: tuple[_Array, ...]) -> tuple[int, ...] | None:
-    if operands:
-        return tuple(int(axis) for axis in operands[0].reshape(-1))
-    attribute = node.attributes.get("axes")
-    return tuple(attribute.as_ints()) if attribute is not None else None
-
-
-def _cast(node: ir.Node, array: _Array) -> _Array:
-    return array.astype(ir.DataType(node.attributes["to"].as_int()).numpy())
-
-
-def _transpose(node: ir.Node, array: _Array) -> _Array:
-    perm = node.attributes.get("perm")
-    return np.transpose(array, perm.as_ints() if perm is not None else None)
-
-
-def _reshape(node: ir.Node, array: _Array, shape: _Array) -> _Array:
-    dims = [int(dim) for dim in shape]
-    allowzero = node.attributes.get_int("allowzero", 0)
-    if not allowzero:
-        dims = [array.shape[i] if dim == 0 else dim for i, dim in enumerate(dims)]
-    return array.reshape(dims)
-
-
-def _flatten(node: ir.Node, array: _Array) -> _Array:
-    axis = node.attributes.get_int("axis", 1)
-    assert axis is not None
-    axis += array.ndim if axis < 0 else 0
-    return array.reshape(int(np.prod(array.shape[:axis], dtype=np.int64)), -1)
-
-
-def _unsqueeze(node: ir.Node, array: _Array, *rest: _Array) -> _Array:
-    axes = _axes(node, rest)
-    return np.expand_dims(array, axes if axes is not None else ())
-
-
-def _concat(node: ir.Node, *arrays: _Array) -> _Array:
-    return np.concatenate(arrays, axis=node.attributes["axis"].as_int())
-
-
-def _binary(function: Callable[[_Array, _Array], _Array]) -> Callable[..., _Array]:
-    def apply(_: ir.Node, left: _Array, right: _Array) -> _Array:
-        with np.errstate(all="ignore"):
-            return function(left, right)
-
-    return apply
+def _static(lengths: _Array | None) -> _Array | None:
+    if lengths is None or not all(isinstance(one, int) for one in np.ravel(lengths)):
+        return None
+    return np.asarray(lengths, dtype=np.int64)
 
 
 _MAX_DEPTH = 16
-_OF_SHAPES = frozenset(("Shape", "Size"))
-_OPS: dict[str, Callable[..., _Array]] = {
-    "Identity": lambda _, array: array,
-    "Cast": _cast,
-    "Transpose": _transpose,
-    "Reshape": _reshape,
-    "Flatten": _flatten,
-    "Squeeze": lambda node, array, *rest: np.squeeze(array, _axes(node, rest)),
-    "Unsqueeze": _unsqueeze,
-    "Concat": _concat,
-    "Add": _binary(np.add),
-    "Sub": _binary(np.subtract),
-    "Mul": _binary(np.multiply),
-    "Neg": lambda _, array: np.negative(array),
-    "Sqrt": lambda _, array: np.sqrt(array),
-    "Range": lambda _, start, limit, step: np.arange(start, limit, step, dtype=start.dtype),
-}
+_BOUNDED = {"Clip": 2, "Slice": 3}  # how many inputs their forms of today have at least
+_SHAPE_PICKS = {"Gather": 1, "Slice": 2}  # how many inputs they need at least
+_OF_SHAPES = frozenset(("Shape", "Size", *_SHAPE_PICKS))

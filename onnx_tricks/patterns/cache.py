@@ -8,8 +8,9 @@ import onnx_ir as ir
 
 from onnx_tricks.patterns.axes import Axes
 from onnx_tricks.patterns.dry_run import DryRun
+from onnx_tricks.patterns.pasts import VIEWS, is_lone, past_behind
 
-__all__ = ["STACKED", "Cache", "appended", "input_behind", "is_lone", "leaving"]
+__all__ = ["STACKED", "Cache", "axes_behind", "leaving"]
 
 STACKED = (
     "it keeps keys and values in one tensor: export the decoder with a past of keys and one of "
@@ -17,7 +18,6 @@ STACKED = (
 )
 """Why a cache that holds both is left alone."""
 
-_VIEWS = frozenset("Cast Identity Reshape Squeeze Transpose Unsqueeze".split())
 _MAX_NODES = 30
 
 
@@ -33,7 +33,8 @@ class Cache:
         present: Both together, as they are kept.
         output: The graph output they leave by; None where none is theirs alone.
         node: What joins them: a Concat, or the fused attention operator; None where nothing does.
-        axes: What the axes of `past` and `present` run over.
+        axes: What the axes of `present` run over.
+        past_axes: What those of `past` run over; None where that cannot be told.
     """
 
     past: ir.Value | None
@@ -42,22 +43,21 @@ class Cache:
     output: ir.Value | None
     node: ir.Node | None
     axes: Axes
+    past_axes: Axes | None = None
 
 
-def appended(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
-    """The graph input and what a Concat appends to it; None for any other node."""
-    if node.op_type != "Concat" or node.domain != "" or len(node.inputs) != 2:
+def axes_behind(view: ir.Value | None, axes: Axes) -> Axes | None:
+    """What the axes of the input that a value is a view of run over; None where it cannot be told.
+
+    Args:
+        view: The value.
+        axes: What its axes run over.
+    """
+    past = past_behind(view)
+    if past is None or len(past.axes) != len(axes):
         return None
-    past, new = node.inputs
-    source = input_behind(past)
-    if source is None or new is None or input_behind(new) is not None:
-        return None
-    return source, new
-
-
-def is_lone(node: ir.Node) -> bool:
-    """Whether a node joins one value with nothing, as tracers write a cache that is empty."""
-    return node.op_type == "Concat" and node.domain == "" and len(node.inputs) == 1
+    letters = dict(zip(past.axes, axes, strict=True))
+    return tuple(letters.get(axis, "") for axis in range(past.rank))
 
 
 def leaving(run: DryRun, value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
@@ -75,32 +75,18 @@ def leaving(run: DryRun, value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
             reader.outputs[0]
             for reader in value.consumers()
             if reader.domain == ""
-            and (reader.op_type in _VIEWS or is_lone(reader))
+            and (reader.op_type in VIEWS or is_lone(reader))
             and reader.inputs[0] is value
         ]
     return None
 
 
-def input_behind(value: ir.Value | None) -> ir.Value | None:
-    """The graph input that a value is a view of."""
-    for _ in range(_MAX_NODES):
-        if value is None or value.is_graph_input():
-            break
-        node = value.producer()
-        if node is None or node.domain != "":
-            return None
-        if node.op_type not in {*_VIEWS, "Gather", "Split"} and not is_lone(node):
-            return None
-        value = node.inputs[0]
-    return value
-
-
 def _outer(run: DryRun, value: ir.Value) -> ir.Value | None:
-    """The output of the main graph that an output of any graph becomes."""
-    while (graph := value.graph) in run.parents:
-        assert isinstance(graph, ir.Graph)
-        place = next(i for i, output in enumerate(graph.outputs) if output is value)
-        value = run.parents[graph].outputs[place]
-        if not value.is_graph_output():
-            return None
-    return value
+    """The output of the main graph that an output of any graph becomes, or is a view of."""
+    graph = value.graph
+    if graph not in run.parents:
+        return value
+    assert isinstance(graph, ir.Graph)
+    place = next(i for i, output in enumerate(graph.outputs) if output is value)
+    found = leaving(run, run.parents[graph].outputs[place])
+    return None if found is None else found[1]

@@ -15,7 +15,7 @@ from onnx_tricks.patterns.channels import Channels, Moved
 from onnx_tricks.patterns.shape_rules import axes_of
 from onnx_tricks.patterns.statistic import reduced_axes
 
-__all__ = ["channelwise"]
+__all__ = ["channelwise", "pooled"]
 
 
 def channelwise(node: ir.Node, index: int, channels: Channels) -> Moved | None:
@@ -32,6 +32,17 @@ def channelwise(node: ir.Node, index: int, channels: Channels) -> Moved | None:
     rule = _RULES.get(node.op_type) if node.domain == "" and channels.inner is None else None
     found = None if rule is None else rule(node, index, channels)
     return None if found is None else [(node.outputs[0], found)]
+
+
+def pooled(node: ir.Node, index: int, channels: Channels) -> Moved | None:
+    """Follow channels through an operator that sums or averages rows, all channels alike.
+
+    Args:
+        node: The reader.
+        index: Which of its inputs holds the channels.
+        channels: Where they lie in it.
+    """
+    return channelwise(node, index, channels) if node.op_type in _POOLS else None
 
 
 def _uneven(node: ir.Node, channels: Channels, axis: int | None, does: str) -> Channels | None:
@@ -78,6 +89,14 @@ def _matmul(node: ir.Node, index: int, channels: Channels) -> Channels | None:
     return _uneven(node, channels, channels.axis + gone, "mixes rows")
 
 
+def _cumulate(node: ir.Node, index: int, channels: Channels) -> Channels | None:
+    source, along = node.inputs[0], scalar(node.inputs[1])
+    axes = reduced_axes(source, [int(along)]) if source is not None and along is not None else None
+    if index != 0 or axes is None or channels.axis in axes:
+        return None
+    return _uneven(node, channels, channels.axis, "adds rows")
+
+
 def _einsum(node: ir.Node, index: int, channels: Channels) -> Channels | None:
     left, _, right = node.attributes["equation"].as_string().replace(" ", "").partition("->")
     terms = left.split(",")
@@ -98,8 +117,10 @@ def _both(node: ir.Node, index: int) -> tuple[ir.Value | None, ir.Value | None]:
     return node.inputs[index], node.inputs[1 - index]
 
 
+_POOLS = frozenset(("AveragePool", "GlobalAveragePool", "ReduceMean", "ReduceSum"))
 _RULES = {
     "AveragePool": _pool,
+    "CumSum": _cumulate,
     "Div": _scale,
     "Einsum": _einsum,
     "GlobalAveragePool": _pool,

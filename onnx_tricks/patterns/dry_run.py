@@ -9,7 +9,7 @@ so a recogniser sees where each number goes, whatever operators the exporter cho
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -17,6 +17,7 @@ import onnx_ir as ir
 from onnx_tricks.graph.constants import stored_tensor
 from onnx_tricks.graph.shapes import rank_of, shape_of
 from onnx_tricks.patterns.arithmetic import OPERATORS, Array, as_known
+from onnx_tricks.patterns.pasts import find_pasts
 from onnx_tricks.patterns.sizing import output_shapes
 
 __all__ = ["BATCH", "LENGTH", "DryRun", "Unknown"]
@@ -26,13 +27,6 @@ BATCH, LENGTH = 2, 3
 
 _SMALL = 4096  # elements; larger values are known by their shape only
 _MAX_DEPTH = 200
-_FUSED_PASTS = {
-    ("", "Attention"): (4, 5),
-    ("com.microsoft", "Attention"): (4,),
-    ("com.microsoft", "DecoderMaskedMultiHeadAttention"): (5, 6),
-    ("com.microsoft", "GroupQueryAttention"): (3, 4),
-    ("com.microsoft", "MultiHeadAttention"): (6, 7),
-}
 # Operators whose result's shape is in the numbers of these inputs, not in their shapes.
 _DECISIVE = {
     "ConstantOfShape": range(1),
@@ -71,7 +65,8 @@ class DryRun:
         self.parents: dict[ir.Graph, ir.Node] = {}
         self._shapes: dict[ir.Value, tuple[int, ...]] = {}
         self._arrays: dict[ir.Value, Array] = {}
-        self._sizes = _sizes(model)
+        self._pasts = find_pasts(model)
+        self._sizes = _sizes(model, self._pasts)
         self._rows: dict[str, int] = {}
         self._whole(model.graph)
         if self._rows:  # once more, with as many rows as were found to be needed
@@ -274,6 +269,8 @@ class DryRun:
     def _length(self, value: ir.Value, axis: int, length: int | ir.SymbolicDim) -> int | None:
         if isinstance(length, int):
             return length
+        if self._pasts.get(value) == axis:
+            return 0
         if length.value in self._sizes:
             return self._sizes[length.value]
         if not value.is_graph_input():
@@ -281,32 +278,23 @@ class DryRun:
         return BATCH if axis == 0 else LENGTH
 
 
-def _sizes(model: ir.Model) -> dict[str, int]:
-    """A length for every symbol in the shapes of the inputs."""
-    sizes: dict[str, int] = {}
-    for value in model.graph.inputs:
-        for axis, length in enumerate(value.shape or ()):
-            if isinstance(length, ir.SymbolicDim) and length.value is not None:
-                sizes.setdefault(length.value, BATCH if axis == 0 else LENGTH)
-    for value, axis in _pasts(model):
-        past = value.shape[axis] if value.shape is not None else None
-        if isinstance(past, ir.SymbolicDim) and past.value is not None:
-            sizes[past.value] = 0
+def _sizes(model: ir.Model, pasts: Mapping[ir.Value, int]) -> dict[str, int]:
+    """A length for every symbol in the shapes of the inputs that stands for one thing alone."""
+    named = [
+        (value, axis, length.value)
+        for value in model.graph.inputs
+        for axis, length in enumerate(value.shape or ())
+        if isinstance(length, ir.SymbolicDim) and length.value is not None
+    ]
+    grown = {name for value, axis, name in named if pasts.get(value) == axis}
+    rows = {name for value, axis, name in named if axis == 0 and len(value.shape or ()) > 1}
+    flat = {name for value, axis, name in named if axis and len(value.shape or ()) == 2}
+    rest = {name for value, axis, name in named if axis and pasts.get(value) != axis}
+    sizes = dict.fromkeys(grown - flat - rows, 0)
+    for _, axis, name in named:
+        if name not in rows & rest and name not in rows & grown:
+            sizes.setdefault(name, BATCH if axis == 0 else LENGTH)
     return sizes
-
-
-def _pasts(model: ir.Model) -> Iterator[tuple[ir.Value, int]]:
-    """Inputs to which new keys or values are appended, and the axis along which."""
-    for value in model.graph.inputs:
-        rank = len(value.shape) if value.shape is not None else 0
-        if rank < 3:
-            continue
-        for node, index in value.uses():
-            joins = node.op_type == "Concat" and node.domain == "" and len(node.inputs) > 1
-            if joins and index == 0:
-                yield value, node.attributes["axis"].as_int()
-            elif index in _FUSED_PASTS.get((node.domain, node.op_type), ()):
-                yield value, rank - 2
 
 
 def _several(results: Array | tuple[Array, ...]) -> tuple[Array, ...]:

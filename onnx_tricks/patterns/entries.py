@@ -36,8 +36,9 @@ def entry(tensor: ir.Value | None, place: int, extents: Extents) -> int | None:
     node = tensor.producer() if tensor is not None else None
     if node is None or node.domain != "" or node.inputs[0] is None:
         return None
-    if node.op_type == "Shape" and is_whole_shape(node):
-        return extents.number(node.inputs[0], place)
+    if node.op_type == "Shape":
+        axis = place if is_whole_shape(node) else _axis_of(node, place)
+        return None if axis is None else extents.number(node.inputs[0], axis)
     if node.op_type in _KEEP_ORDER:
         return entry(node.inputs[0], place, extents)
     if node.op_type == "ConstantOfShape":
@@ -81,6 +82,14 @@ def repeats(tensor: ir.Value | None, axis: int, extents: Extents) -> int | None:
     if times is None:
         return None
     return before * times if node.op_type == "Tile" else max(before, times)
+
+
+def _axis_of(node: ir.Node, place: int) -> int | None:
+    """The axis, from the end, whose length a Shape of some axes gives in this place."""
+    rank = rank_of(node.inputs[0]) if node.inputs[0] is not None else None
+    start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end")
+    axes = None if rank is None else range(-rank, 0)[start:end]
+    return axes[place] if axes is not None and -place <= len(axes) else None
 
 
 def _place_before(node: ir.Node, place: int) -> int | None:

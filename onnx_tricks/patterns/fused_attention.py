@@ -9,13 +9,16 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_tricks.graph.constants import evaluate, is_constant
+from onnx_tricks.graph.names import described
 from onnx_tricks.patterns.arithmetic import Array
 from onnx_tricks.patterns.block import Attention, OpaqueAttention
-from onnx_tricks.patterns.cache import STACKED, Cache, input_behind, leaving
+from onnx_tricks.patterns.cache import STACKED, Cache, axes_behind, leaving
 from onnx_tricks.patterns.heads import Heads, Operand, Tracer
 from onnx_tricks.patterns.linear import Linear, find_linear
 from onnx_tricks.patterns.merge import find_merged
+from onnx_tricks.patterns.pasts import input_behind
 from onnx_tricks.patterns.projection import Projection
+from onnx_tricks.patterns.quantised import QUANTISED
 from onnx_tricks.patterns.rotary import Rotary
 from onnx_tricks.patterns.scores import Bias, Scores
 
@@ -164,27 +167,29 @@ def _with_cache(
     if heads.cache is not None or after is None or (before is not None and source is None):
         return "it appends to a past that is no input of the graph"
     found = leaving(tracer.run, after)
-    cache = Cache(source, heads.operand, after, found[1] if found else None, node, _CACHE_AXES)
+    leaves, axes = found[1] if found else None, axes_behind(before, _CACHE_AXES)
+    cache = Cache(source, heads.operand, after, leaves, node, _CACHE_AXES, axes)
     return dataclasses.replace(heads, state=after, state_axes=_CACHE_AXES, cache=cache, inside=True)
 
 
 def _with_half(tracer: Tracer, node: ir.Node, heads: Heads, half: int) -> Heads | str:
     """Keys (0) or values (1) that the operator keeps in one tensor with the others."""
     past, stacked = _input(node, 4), node.outputs[1] if len(node.outputs) > 1 else None
-    source = None
+    source, axes = None, None
     if past is not None:
         stack = past.producer()
         parts = stack.inputs if stack is not None and stack.op_type == "Concat" else ()
         source = input_behind(parts[half]) if len(parts) == 2 else None
         if source is None:
             return STACKED
+        axes = axes_behind(parts[half], ("", *_CACHE_AXES))
     taken = () if stacked is None else stacked.consumers()
     found = next((one.outputs[0] for one in taken if _takes(one, half)), None)
     if found is None:
         return heads if past is None and not taken else STACKED
     left = leaving(tracer.run, found)
     new = heads.operand
-    cache = Cache(source, new, found, left[1] if left else None, node, _CACHE_AXES)
+    cache = Cache(source, new, found, left[1] if left else None, node, _CACHE_AXES, axes)
     return dataclasses.replace(heads, state=found, state_axes=_CACHE_AXES, cache=cache)
 
 
@@ -428,5 +433,6 @@ FUSED: dict[tuple[str, str], _Reader] = {
     (_MICROSOFT, "Attention"): _microsoft,
     (_MICROSOFT, "GroupQueryAttention"): _group_query,
     (_MICROSOFT, "MultiHeadAttention"): _multi_head,
+    (_MICROSOFT, "QAttention"): lambda _, node: QUANTISED.format(described(node)),
 }
 """Readers of attention operators, by domain and name."""

@@ -18,7 +18,8 @@ from onnx_tricks.graph.constants import evaluate
 from onnx_tricks.graph.names import described
 from onnx_tricks.patterns.arithmetic import Array
 from onnx_tricks.patterns.dry_run import DryRun
-from onnx_tricks.patterns.norm import FUSED_NORMS, Norm, find_norms
+from onnx_tricks.patterns.norm import FUSED_NORMS, Norm
+from onnx_tricks.patterns.norms import find_norms
 from onnx_tricks.patterns.product import factors, skip_casts
 from onnx_tricks.patterns.statistic import (
     centred,

@@ -18,12 +18,14 @@ from onnx_tricks.graph.constants import is_constant
 from onnx_tricks.graph.names import described
 from onnx_tricks.patterns.arithmetic import Array
 from onnx_tricks.patterns.axes import Axes, complete, read_axes
-from onnx_tricks.patterns.cache import Cache, appended, is_lone, leaving
+from onnx_tricks.patterns.cache import Cache, axes_behind, leaving
 from onnx_tricks.patterns.dry_run import DryRun, Unknown
 from onnx_tricks.patterns.head_norm import HeadNorm, HeadNorms, NormPart, whole_norm
 from onnx_tricks.patterns.labels import Letters, Origin, head_table
 from onnx_tricks.patterns.linear import Linear
+from onnx_tricks.patterns.pasts import appended, is_lone
 from onnx_tricks.patterns.projection import Projection, linear_behind
+from onnx_tricks.patterns.quantised import quantised_behind
 from onnx_tricks.patterns.rotary import Rotary, find_rotary, keeps_size
 
 __all__ = ["Heads", "Operand", "Tracer"]
@@ -151,7 +153,7 @@ class Tracer:
         try:
             end = self._walk(operand.value, path, rows)
             if isinstance(end, str):
-                return end
+                return quantised_behind(operand.value) or end
             if isinstance(end, Linear) or end in rows:
                 return self._projected_heads(operand, path, end)
             return self._given_heads(operand, path, end)
@@ -330,7 +332,9 @@ class Tracer:
             found = leaving(self.run, present)
             axis = node.attributes["axis"].as_int()
             axes = letters.axes(self.run.replay(present, given), axis)
-            return Cache(past, new, present, found[1] if found else None, node, axes), path.state
+            before = axes_behind(node.inputs[0], axes)
+            leaves = found[1] if found else None
+            return Cache(past, new, present, leaves, node, axes, before), path.state
         for value in path.views if path.state is None else [path.state]:
             found = leaving(self.run, value)
             if found is not None:
@@ -393,7 +397,7 @@ class Tracer:
             np.arange(int(heads.max()) + 1),
             scale,
             int(coordinates["k"].max()) + 1 if "k" in coordinates else 1,
-            Cache(source, None, source, None, None, axes),
+            Cache(source, None, source, None, None, axes, axes),
             input=source,
         )
 

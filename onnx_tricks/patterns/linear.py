@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnx_tricks.graph.constants import evaluate
+from onnx_tricks.graph.constants import evaluate, is_constant, is_default
 from onnx_tricks.graph.shapes import rank_of, shape_of
 from onnx_tricks.patterns.weight import Weight, trace_weight
 from onnx_tricks.weights import row_product
@@ -86,7 +86,7 @@ def _matmul(node: ir.Node, index: int, axis: int) -> Linear | str:
     rank = rank_of(operand) if operand is not None else None
     weight = trace_weight(operand, 0 if rank == 1 else contracted[other])
     if weight is None:
-        return "multiplies it with something that is not a constant weight"
+        return _no_weight(operand)
     alpha = node.attributes.get_float("alpha", 1.0) if fused else 1.0
 
     def contribution(matrix: _Array, row: _Array) -> _Array:
@@ -111,7 +111,7 @@ def _gemm(node: ir.Node, index: int, axis: int) -> Linear | str:
     other = 1 - index
     weight = trace_weight(node.inputs[other], contracted[other])
     if weight is None:
-        return "multiplies it with something that is not a constant weight"
+        return _no_weight(node.inputs[other])
     alpha = node.attributes.get_float("alpha", 1.0)
     beta = node.attributes.get_float("beta", 1.0)
 
@@ -148,6 +148,35 @@ def _conv(node: ir.Node, index: int, axis: int) -> Linear | str:
     present = node.inputs[2] if len(node.inputs) > 2 else None
     fits = not padded and (present is None or evaluate(present) is not None)
     return Linear(node, weight, 1, present, 2, None, contribution if fits else None, groups=groups)
+
+
+def _transposed_conv(node: ir.Node, index: int, axis: int) -> Linear | str:
+    if index != 0:
+        return "uses it as a kernel"
+    weight = trace_weight(node.inputs[1], 0)
+    if weight is None or weight.path:
+        return _no_weight(node.inputs[1])
+    if axis != 1 - weight.rank:
+        return "convolves along another axis"
+    # Borders, and places between strides, get fewer taps: no bias is the same everywhere.
+    return Linear(node, weight, 1)
+
+
+def _recurrent(node: ir.Node, index: int, axis: int) -> Linear | str:
+    """The gates of RNN, GRU and LSTM: weights [directions, gates, D] on what comes in."""
+    if index != 0 or axis != -1:
+        return "uses it for something else than its input"
+    weight = trace_weight(node.inputs[1], 2)
+    if weight is None:
+        return _no_weight(node.inputs[1])
+
+    def contribution(matrix: _Array, row: _Array) -> _Array:
+        gates = row_product(row, np.swapaxes(matrix, -1, -2))
+        return np.concatenate([gates, np.zeros_like(gates)], axis=-1)  # and those of the state
+
+    present = node.inputs[3] if len(node.inputs) > 3 else None
+    fits = present is None or evaluate(present) is not None
+    return Linear(node, weight, 1, present, 3, None, contribution if fits else None)
 
 
 def _attention(node: ir.Node, index: int, axis: int) -> Linear | str:
@@ -201,8 +230,20 @@ def _einsum(node: ir.Node, index: int, axis: int) -> Linear | str:
         return "is an Einsum that does not multiply its channels with a weight"
     weight = trace_weight(node.inputs[other], terms[other].index(label))
     if weight is None:
-        return "multiplies it with something that is not a constant weight"
+        return _no_weight(node.inputs[other])
     return Linear(node, weight, other)
+
+
+def _no_weight(operand: ir.Value | None) -> str:
+    """Why an operand is no weight that could be rewritten."""
+    if is_constant(operand):
+        return "multiplies it with a weight that the graph computes from another, which stays"
+    if is_default(operand):
+        return (
+            "multiplies it with a weight that is an input, too, which callers may override: "
+            "export the model with keep_initializers_as_inputs=False"
+        )
+    return "multiplies it with something that is not a constant weight"
 
 
 def _flag(node: ir.Node, name: str) -> bool:
@@ -234,6 +275,10 @@ _FINDERS: dict[tuple[str, str], Callable[[ir.Node, int, int], Linear | str]] = {
     (_MICROSOFT, "FusedGemm"): _gemm,
     ("", "Conv"): _conv,
     (_MICROSOFT, "FusedConv"): _conv,
+    ("", "ConvTranspose"): _transposed_conv,
+    ("", "GRU"): _recurrent,
+    ("", "LSTM"): _recurrent,
+    ("", "RNN"): _recurrent,
     (_MICROSOFT, "Attention"): _attention,
     (_MICROSOFT, "MoE"): _experts,
     ("", "Einsum"): _einsum,

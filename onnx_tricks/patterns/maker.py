@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx_tricks.graph.constants import evaluate, is_constant
 from onnx_tricks.graph.shapes import rank_of
 from onnx_tricks.patterns.channels import Channels
+from onnx_tricks.patterns.channelwise import pooled
 from onnx_tricks.patterns.extents import Extents
 from onnx_tricks.patterns.moves import follow
 from onnx_tricks.patterns.weight import Weight, trace_weight
@@ -58,10 +59,11 @@ def came_from(value: ir.Value, axis: int, width: int, extents: Extents) -> tuple
     for index, operand in enumerate(node.inputs):
         rank = None if operand is None else rank_of(operand)
         for place in sorted(range(-(rank or _HIGHEST_RANK), 0), key=lambda one: one != axis):
-            moved = follow(node, index, Channels.all(place, width), extents)
+            channels = Channels.all(place, width)
+            moved = pooled(node, index, channels) or follow(node, index, channels, extents)
             if isinstance(moved, list) and any(
-                output is value and channels.axis == axis and channels.is_row(width)
-                for output, channels in moved
+                output is value and behind.axis == axis and behind.is_row(width)
+                for output, behind in moved
             ):
                 return index, place
     return None

@@ -15,6 +15,7 @@ from onnx_tricks.patterns.extents import Extents
 from onnx_tricks.patterns.reshapes import reshaped
 from onnx_tricks.patterns.shape_rules import axes_of
 from onnx_tricks.patterns.statistic import is_row_statistic
+from onnx_tricks.patterns.strided import picked_whole
 
 __all__ = ["follow"]
 
@@ -50,7 +51,8 @@ def follow(
     if index != 0 and node.op_type not in ("Mul", "Where"):
         return Obstacle(node, "uses it as more than data")
     if channels.inner is not None and node.op_type not in _REARRANGING:
-        return Obstacle(node, "reads rows and channels that lie on one axis")
+        whole = picked_whole(node, channels)
+        return whole or Obstacle(node, "reads rows and channels that lie on one axis")
     return _MOVERS[node.op_type](node, index, channels, extents)
 
 
@@ -219,6 +221,25 @@ def _pad(node: ir.Node, _: int, channels: Channels, extents: Extents) -> Moved |
     return [(node.outputs[0], dataclasses.replace(channels, uneven="Pad adds rows of zeros"))]
 
 
+def _resize(node: ir.Node, _: int, channels: Channels, extents: Extents) -> Moved | Obstacle:
+    inputs = [*node.inputs, None, None]
+    scales, sizes = inputs[1:3] if len(node.inputs) == _RESIZE_BY_SCALES else inputs[2:4]
+    factors = evaluate(scales)
+    if "axes" in node.attributes:
+        along = [_along(axis, node.inputs[0], channels) for axis in axes_of(node, 0) or ()]
+        kept = not any(one is not False for one in along)
+    elif factors is not None and factors.size:
+        kept = bool(factors[channels.axis] == 1)
+    else:
+        kept = entry(sizes, channels.axis, extents) == channels.width
+    crops = node.attributes.get_string("coordinate_transformation_mode") == "tf_crop_and_resize"
+    if not kept or crops:
+        return Obstacle(node, "changes the number of its channels, or may do so")
+    if node.attributes.get_string("mode", "nearest") == "nearest":
+        return [(node.outputs[0], channels)]
+    return [(node.outputs[0], dataclasses.replace(channels, uneven="Resize mixes rows"))]
+
+
 def _multiply(node: ir.Node, index: int, channels: Channels, _: Extents) -> Moved | Obstacle:
     other = node.inputs[1 - index]
     if other is None or other is node.inputs[index]:
@@ -254,6 +275,7 @@ def _along(axis: int, source: ir.Value | None, channels: Channels) -> bool | Non
     return None if rank is None else axis - rank == channels.axis
 
 
+_RESIZE_BY_SCALES = 2  # inputs of the first version, which knew no sizes
 _REARRANGING = frozenset(("Cast", "Flatten", "Identity", "Reshape", "Transpose"))
 _MOVERS: dict[str, Callable[[ir.Node, int, Channels, Extents], Moved | Obstacle]] = {
     "Cast": _cast,
@@ -269,6 +291,7 @@ _MOVERS: dict[str, Callable[[ir.Node, int, Channels, Extents], Moved | Obstacle]
     "Neg": _negate,
     "Pad": _pad,
     "Reshape": _reshape,
+    "Resize": _resize,
     "Slice": _slice,
     "Split": _split,
     "Squeeze": _squeeze,

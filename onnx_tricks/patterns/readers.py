@@ -10,6 +10,7 @@ import dataclasses
 
 import onnx_ir as ir
 
+from onnx_tricks.graph.constants import is_constant
 from onnx_tricks.graph.shapes import rank_of
 from onnx_tricks.patterns.channels import Channels, Obstacle
 from onnx_tricks.patterns.channelwise import channelwise
@@ -153,6 +154,8 @@ class _Search:
             other = "other channels" if along else "rows that are not scaled alike"
             return f"joins it with {other}" if along is not None else "joins it along any axis"
         if len(reached) == 1:
+            if any(is_constant(one) for one in node.inputs):
+                return "adds a constant to it, which is not scaled like it"
             return "adds it to another value, as a residual connection does"
         return "adds its channels to one another, as rotary positions do"
 

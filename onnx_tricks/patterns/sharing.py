@@ -92,5 +92,5 @@ def _strangers(stored: ir.Value, wishes: list[Claim]) -> list[ir.Node]:
         use.node
         for value, known in expected.items()
         for use in value.uses()
-        if (use.node, use.idx) not in known
+        if (use.node, use.idx) not in known and use.node.op_type not in ("Shape", "Size")
     ]

@@ -38,7 +38,9 @@ class Weights:
 def follow_weights(softmax: ir.Node) -> Weights | str | None:
     """Go on from a softmax to the product with the values; None where there is none."""
     value, safe = softmax.outputs[0], False
+    passed: list[ir.Value] = []
     for _ in range(_MAX_NODES):
+        passed.append(value)
         readers = [
             reader for reader in value.consumers() if reader.op_type not in ("Shape", "IsNaN")
         ]
@@ -55,7 +57,7 @@ def follow_weights(softmax: ir.Node) -> Weights | str | None:
         following = [reader for reader in readers if reader.op_type not in ("Where", "ReduceSum")]
         selected = [reader for reader in readers if reader.op_type == "Where"]
         if selected:
-            if not _is_safe(selected[0], value, softmax):
+            if not _is_safe(selected[0], passed, softmax):
                 return f"{described(selected[0])} replaces attention weights"
             value, safe = selected[0].outputs[0], True
         elif len(following) == 1 and following[0].op_type in {*_SAME, *_VIEWS}:
@@ -71,16 +73,22 @@ def follow_weights(softmax: ir.Node) -> Weights | str | None:
     return None
 
 
-def _is_safe(where: ir.Node, weights: ir.Value, softmax: ir.Node) -> bool:
-    """Whether a Where puts zeros into rows in which everything is masked, and nothing else."""
+def _is_safe(where: ir.Node, weights: list[ir.Value], softmax: ir.Node) -> bool:
+    """Whether a Where puts zeros into rows in which everything is masked, and nothing else.
+
+    Args:
+        where: The node.
+        weights: The attention weights on their way to it: perhaps cast.
+        softmax: The softmax.
+    """
     condition, first, second = where.inputs
-    if condition is None or second is not weights or not _is_zero(first):
+    if condition is None or second is not weights[-1] or not _is_zero(first):
         return False
     node = condition.producer()
     if node is None:
         return False
     if node.op_type == "IsNaN":
-        return node.inputs[0] is weights or node.inputs[0] is softmax.outputs[0]
+        return node.inputs[0] in weights
     return _all_masked(condition, softmax.inputs[0])
 
 

@@ -28,7 +28,7 @@ _REDUCTIONS = frozenset(
     "ReduceMin".split()
 )
 _ELEMENTWISE = frozenset(
-    "Abs Add Cast Clip Div Identity Max Min Mul Neg Pow Reciprocal Sqrt Sub".split()
+    "Abs Add Cast Clip Div Expand Identity Max Min Mul Neg Pow Reciprocal Sqrt Sub".split()
 )
 _MAX_DEPTH = 10
 
@@ -59,7 +59,7 @@ def reduced_axes(source: ir.Value, axes: Sequence[int] | None) -> tuple[int, ...
 
 
 def is_row_statistic(value: ir.Value, axis: int, depth: int = 0) -> bool:
-    """Whether a value has length 1 along an axis, so that it is the same for every channel."""
+    """Whether a value is the same for every channel: it has length 1 along their axis, or had."""
     if scalar(value) is not None:
         return True
     rank = rank_of(value)
@@ -71,9 +71,8 @@ def is_row_statistic(value: ir.Value, axis: int, depth: int = 0) -> bool:
     if node.op_type in _REDUCTIONS:
         axes = _axes_of(node)
         return axes is not None and axis in axes
-    operands = [operand for operand in node.inputs if operand is not None]
     return node.op_type in _ELEMENTWISE and all(
-        is_row_statistic(operand, axis, depth + 1) for operand in operands
+        is_row_statistic(operand, axis, depth + 1) for operand in _operands(node)
     )
 
 
@@ -82,13 +81,19 @@ def measured_values(value: ir.Value, depth: int = 0) -> set[ir.Value]:
     node = value.producer()
     if node is None or node.domain != "" or depth > _MAX_DEPTH:
         return set()
-    operands = [operand for operand in node.inputs if operand is not None]
+    operands = _operands(node)
     if node.op_type in _REDUCTIONS:
         base = _square_root(operands[0])
         return {skip_casts(operands[0])} if base is None else {base}
     if node.op_type not in _ELEMENTWISE:
         return set()
     return set().union(*(measured_values(operand, depth + 1) for operand in operands))
+
+
+def _operands(node: ir.Node) -> list[ir.Value]:
+    """What a node computes with; the shape that an Expand spreads it over is none of it."""
+    given = node.inputs[:1] if node.op_type == "Expand" else node.inputs
+    return [operand for operand in given if operand is not None]
 
 
 def mean_square(value: ir.Value, axis: int) -> MeanSquare | None:

@@ -7,13 +7,14 @@ about: back to the terms of the sum, and forward to whatever else reads it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import onnx_ir as ir
 
 from onnx_tricks.graph.constants import is_constant
 from onnx_tricks.graph.shapes import rank_of
 from onnx_tricks.patterns.channels import Channels, Obstacle
+from onnx_tricks.patterns.channelwise import pooled
 from onnx_tricks.patterns.extents import Extents
 from onnx_tricks.patterns.maker import Made, came_from, made_of
 from onnx_tricks.patterns.moves import follow
@@ -66,7 +67,9 @@ class Stream:
     obstacles: tuple[Obstacle, ...]
 
 
-def find_stream(value: ir.Value, axis: int, width: int, ends: _Ends) -> Stream:
+def find_stream(
+    value: ir.Value, axis: int, width: int, ends: _Ends, whole: Collection[ir.Value] = ()
+) -> Stream:
     """Find the residual stream that a value is a stage of.
 
     Args:
@@ -74,11 +77,12 @@ def find_stream(value: ir.Value, axis: int, width: int, ends: _Ends) -> Stream:
         axis: Its channel axis, counted from the end.
         width: D, the number of channels.
         ends: Whether a use is a reader to look no further behind, as a norm is.
+        whole: Values that are terms as they are, whatever sums they are made by, as norms are.
     """
     apart: set[ir.Value] = set()
     extents = Extents()
     while True:
-        search = _Search(width, ends, apart, extents)
+        search = _Search(width, ends, apart, extents, whole)
         search.enter(value, axis)
         search.run()
         # What something else reads too must keep its value: only its use in the sum may change.
@@ -89,8 +93,16 @@ def find_stream(value: ir.Value, axis: int, width: int, ends: _Ends) -> Stream:
 
 
 class _Search:
-    def __init__(self, width: int, ends: _Ends, apart: set[ir.Value], extents: Extents) -> None:
+    def __init__(
+        self,
+        width: int,
+        ends: _Ends,
+        apart: set[ir.Value],
+        extents: Extents,
+        whole: Collection[ir.Value],
+    ) -> None:
         self.width, self.ends, self.apart, self.extents = width, ends, apart, extents
+        self.whole = whole
         self.stages: dict[ir.Value, int] = {}
         self.pending: list[ir.Value] = []
         self.begins: dict[ir.Value, tuple[Made, ...]] = {}
@@ -124,6 +136,9 @@ class _Search:
         return Stream(self.stages, (*begins, *entries), tuple(self.readers), tuple(self.obstacles))
 
     def _back(self, value: ir.Value, axis: int) -> None:
+        if value in self.whole:
+            self.begins[value] = ()
+            return
         node = value.producer()
         summed = _sum_of(node, axis) if node is not None else None
         if node is not None and summed and summed[0] is value:
@@ -172,18 +187,19 @@ class _Search:
 
     def _move(self, use: Use, value: ir.Value, axis: int) -> None:
         node, index = use
-        moved = follow(node, index, Channels.all(axis, self.width), self.extents)
+        channels = Channels.all(axis, self.width)
+        moved = pooled(node, index, channels) or follow(node, index, channels, self.extents)
         if isinstance(moved, Obstacle):
             self._stop(value, moved)
         elif moved is None:
             self.readers.append(use)
             self._leak(value)
-        elif not all(channels.is_row(self.width) for _, channels in moved):
+        elif not all(behind.is_row(self.width) for _, behind in moved):
             self._stop(value, Obstacle(node, "takes its channels apart"))
         else:
-            for output, channels in moved:
+            for output, behind in moved:
                 self.moved_from[output] = value
-                self.enter(output, channels.axis)
+                self.enter(output, behind.axis)
 
     def _stop(self, value: ir.Value, obstacle: Obstacle) -> None:
         self.obstacles.append(obstacle)

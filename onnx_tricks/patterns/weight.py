@@ -85,7 +85,7 @@ def trace_weight(operand: ir.Value | None, axis: int) -> Weight | None:
 
     Returns:
         The weight, or None when the operand is not a stored tensor seen through Identity, Cast,
-        Transpose, Squeeze, Unsqueeze or a Gather of whole slices.
+        Transpose, Squeeze, Unsqueeze, Expand or a Gather of whole slices.
     """
     path: list[ir.Node] = []
     value = operand
@@ -126,6 +126,13 @@ def _axis_before(node: ir.Node, output: ir.Value, axis: int) -> int | None:
         return perm[axis] - (len(perm) if axis < 0 else 0)
     if node.op_type in ("Squeeze", "Unsqueeze"):
         return _axis_before_squeeze(node, output, axis)
+    if node.op_type == "Expand":
+        # The same weight for every row of a batch.
+        after, source = rank_of(output), node.inputs[0]
+        rank = rank_of(source) if source is not None else None
+        place = axis if axis < 0 else axis - (after or 0)
+        known = rank is not None and (axis < 0 or after is not None)
+        return place if known and -place <= (rank or 0) else None
     if node.op_type == "Gather":
         # Experts picked by index: slices along the first axis, whole in every other.
         source, index = node.inputs[0], node.inputs[1]

@@ -16,16 +16,18 @@ class Entrance:
 
     Args:
         model: The model.
+        narrow: Whether the input itself is to have the type in which states are cached; else it
+            keeps its own, as an encoder beside the decoder gives it.
     """
 
-    def __init__(self, model: ir.Model) -> None:
-        self._model = model
+    def __init__(self, model: ir.Model, *, narrow: bool) -> None:
+        self._model, self._narrow = model, narrow
         self._written: dict[tuple[object, ...], ir.Value] = {}
 
     def of(self, plan: LayerPlan) -> ir.Value:
         """What the operator of a layer reads as `hidden`: [B, S, E], in any of its graphs."""
         encoded = _encoded(plan)
-        if encoded.direct:
+        if encoded.direct and (self._narrow or encoded.states.dtype == plan.cache):
             return encoded.states
         layer = encoded.linear and encoded.linear.node
         key = (encoded.states, layer, encoded.mask, plan.cache)
@@ -36,10 +38,10 @@ class Entrance:
         return self._written[key]
 
     def narrow(self, plan: LayerPlan) -> None:
-        """Let the states enter in the type in which they are cached."""
+        """Let the states enter in the type in which they are cached, where that is asked for."""
         encoded = _encoded(plan)
         source = encoded.states
-        if not encoded.direct or source.dtype == plan.cache:
+        if not self._narrow or not encoded.direct or source.dtype == plan.cache:
             return
         others = [
             (node, index)

@@ -82,7 +82,7 @@ def _common(operator: str, plans: list[LayerPlan], opset: int) -> Form:
     return Form(
         opset=opset,
         dtype=plans[0].dtype,
-        cache=plans[0].cache,
+        cache=plans[0].read,
         inputs=frozenset(name for name in INPUTS[operator] if optional.get(name, True)),
         softcap=plans[0].layer.view.scores.softcap is not None,
         interleaved=rotary is not None and rotary.interleaved,

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx_tricks.graph.interface import is_cache, read_interface
 from onnx_tricks.graph.names import node_name
 from onnx_tricks.patterns.attention import Attention, OpaqueAttention, find_attentions
+from onnx_tricks.patterns.axes import Axes
 from onnx_tricks.patterns.heads import Heads
 from onnx_tricks.rewrite import Skip
 
@@ -40,6 +41,12 @@ class Layer:
         """The view that knows most: one whose keys and values come from known projections."""
         known = [v for v in self.views if v.keys.projection and v.values.projection]
         return (known or list(self.views))[0]
+
+    @property
+    def past_axes(self) -> Axes | None:
+        """What the axes of its key cache run over; None where that cannot be told."""
+        caches = [view.keys.cache for view in self.views]
+        return next((one.past_axes for one in caches if one is not None and one.past_axes), None)
 
     @property
     def label(self) -> str:

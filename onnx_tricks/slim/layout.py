@@ -25,6 +25,8 @@ __all__ = [
     "state_shapes",
 ]
 
+_KEY_AXES = ("b", "h", "s", "k")  # as the operators keep keys
+
 
 def slots(plan: LayerPlan) -> dict[str, tuple[str, int]]:
     """The states of a layer by slot: the operator's name for it, and its number of channels."""
@@ -40,13 +42,31 @@ def slots(plan: LayerPlan) -> dict[str, tuple[str, int]]:
     return slots
 
 
-def _shape(plan: LayerPlan, slot: str, like: ir.Value, width: int) -> ir.Shape:
-    """The shape of a state: the axes of batch and tokens are named as the exporter did."""
-    named = list(like.shape) if like.shape is not None and len(like.shape) == 4 else []
-    batch, tokens = (named[0], named[2]) if named else ("batch_size", f"{like.name}.tokens")
-    if slot == "key":
-        return ir.Shape([batch, plan.layer.view.keys.heads, tokens, width])
-    return ir.Shape([batch, tokens, width])
+def _rows(plan: LayerPlan, like: ir.Value, tokens: str) -> list[int | ir.SymbolicDim | str]:
+    """The axes of batch and tokens of a cache, by the exporter's names where there are any."""
+    named = list(zip(plan.layer.past_axes or (), like.shape or (), strict=False))
+    return [
+        next((dim for one, dim in named if one == letter and _is_told(dim)), name)
+        for letter, name in (("b", "batch_size"), ("s", tokens))
+    ]
+
+
+def _shape(
+    plan: LayerPlan, slot: str, rows: Sequence[int | ir.SymbolicDim | str], width: int
+) -> ir.Shape:
+    """The shape of a state."""
+    heads = [plan.layer.view.keys.heads] if slot == "key" else []
+    return ir.Shape([rows[0], *heads, rows[1], width])
+
+
+def _is_told(dim: int | ir.SymbolicDim) -> bool:
+    return isinstance(dim, int) or dim.value is not None
+
+
+def _name(past_key: ir.Value, slot: str) -> str:
+    """The name of the input by which a state enters."""
+    name = past_key.name or ""
+    return name if slot == "key" else state_names(name, slot)[0]
 
 
 def add_states(model: ir.Model, plan: LayerPlan) -> dict[str, ir.Value]:
@@ -56,15 +76,15 @@ def add_states(model: ir.Model, plan: LayerPlan) -> dict[str, ir.Value]:
     if old is None:
         return {}
     inputs = model.graph.inputs
-    place = inputs.index(old)
+    place, rows = inputs.index(old), _rows(plan, old, "past_sequence_length")
     for slot, (name, width) in slots(plan).items():
-        if slot == "key":
+        if slot == "key" and layer.past_axes == _KEY_AXES:
             value = old
         else:
-            value = ir.Value(name=state_names(old.name or "", slot)[0])
+            value = ir.Value(name=_name(old, slot))
             place += 1
             inputs.insert(place, value)
-        value.shape = _shape(plan, slot, old, width)
+        value.shape = _shape(plan, slot, rows, width)
         value.type = ir.TensorType(plan.cache)
         found[f"past_{name}"] = value
     return found
@@ -89,7 +109,7 @@ def gone_shapes(plan: LayerPlan, past: dict[str, ir.Value]) -> dict[ir.Value, li
             "s": [(state, axis)],
             "k": heads.head_width,
         }
-        axes = heads.state_axes if heads.cache is None else heads.cache.axes
+        axes = heads.state_axes if heads.cache is None else heads.cache.past_axes or ()
         found[old] = [lengths[one] for one in axes]
     return found
 
@@ -105,15 +125,15 @@ def leaving_states(
     layer = plan.layer
     assert layer.present_key is not None
     assert layer.present_value is not None
-    old = layer.present_key
-    states = []
+    old, states = layer.present_key, []
+    rows = _rows(plan, old, "total_sequence_length")
     for slot, (name, width) in slots(plan).items():
         present = old.name if slot == "key" else state_names(old.name or "", slot)[1]
         states.append(
             State(
                 present or "",
                 plan.cache,
-                _shape(plan, slot, old, width),
+                _shape(plan, slot, rows, width),
                 leaving[f"present_{name}"],
             )
         )
@@ -137,7 +157,7 @@ def state_shapes(model: ir.Model, plans: Sequence[LayerPlan]) -> dict[ir.Value, 
         key = plan.layer.past_key
         for slot, (_, width) in slots(plan).items():
             assert key is not None
-            value = key if slot == "key" else inputs[state_names(key.name or "", slot)[0]]
+            value = inputs[_name(key, slot)]
             heads = [plan.layer.view.keys.heads] if slot == "key" else []
             found[value] = [batch, *heads, past, width]
     return found

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnx_tricks.graph.shapes import dtype_of
+from onnx_tricks.graph.shapes import dim, dtype_of
 from onnx_tricks.graph.spill import spill
 from onnx_tricks.latent import UnrecoverableError, condition, round_jointly, value_spectrum
 from onnx_tricks.patterns.attention import Attention
@@ -37,8 +37,8 @@ class Options:
         tolerance: The error that rounding the cache may bring to the values, as a multiple of the
             error of rounding the values themselves.
         rank: Numbers of residual beside each key, whatever the error; None to choose.
-        cache: Type of the cached states; None for that of the model.
-        encoder: Type in which an encoder's states enter; None for that of the model.
+        cache: Type of the cached states; None for that in which a layer computes.
+        encoder: Type in which an encoder's states enter; None for that in which they do.
     """
 
     mode: Mode
@@ -80,6 +80,11 @@ class LayerPlan:
     condition: float | None = None
     predicted_error: float | None = None
     measured_error: float | None = None
+
+    @property
+    def read(self) -> ir.DataType:
+        """The type in which the operator reads the states."""
+        return _read_as(self.cache, self.dtype)
 
     def details(self) -> dict[str, Any]:
         """What a report says of the layer."""
@@ -218,6 +223,7 @@ def _keep_keys(
             f"{options.tolerance:g} (--slim-tolerance)",
         )
     basis, cache = spectrum.basis(rank), options.cache or dtype
+    read = _read_as(cache, dtype)
     rebuilt = np.concatenate([basis.key_to_value, basis.residual_to_value])
     projection = np.concatenate([w_k, basis.residual_weight], axis=1)
     rounded = round_jointly(rebuilt, basis.moment, dtype.numpy())
@@ -239,9 +245,17 @@ def _keep_keys(
         {name: spill(array.astype(dtype.numpy())) for name, array in arrays.items()},
         rank,
         condition(w_k),
-        basis.predicted_error(cache.numpy()),
-        None if inputs is None else _measure(inputs - basis.center, projection, rounded, cache),
+        basis.predicted_error(read.numpy()),
+        None if inputs is None else _measure(inputs - basis.center, projection, rounded, read),
     )
+
+
+def _read_as(cache: ir.DataType, dtype: ir.DataType) -> ir.DataType:
+    """The type in which an operator that computes in one type reads states of another.
+
+    Native kernels that compute in anything but float32 read their own type alone.
+    """
+    return cache if dtype == ir.DataType.FLOAT else dtype
 
 
 def _too_narrow(keys: Projection) -> str:
@@ -308,6 +322,9 @@ def _obstacle(layer: Layer, mask: ir.Value | None) -> str:
     if layer.past_key is None or layer.past_value is None:
         return "the graph makes its cache but takes none: give the folder with both phases"
     for one in views:
+        unclear = _unclear_cache(one)
+        if unclear:
+            return unclear
         unclear = unclear_mask(one, mask)
         if unclear:
             return f"{one.node.op_type} {unclear}"
@@ -332,6 +349,23 @@ def _obstacle(layer: Layer, mask: ir.Value | None) -> str:
     if view.keys.rotary is not None and view.cross:
         return "the keys of an encoder are rotated"
     return _difference(view.keys.projection, view.values.projection)
+
+
+def _unclear_cache(view: Attention) -> str:
+    """Why a cache that keys or values are appended to cannot be replaced; empty when it can."""
+    for cache in (view.keys.cache, view.values.cache):
+        if cache is None or cache.past is None or cache.node is None:
+            continue
+        axes = cache.past_axes or ()
+        if not set(axes) <= set("bhsk") or "s" not in axes:
+            return f"what the axes of the input {cache.past.name!r} stand for cannot be told"
+        length = dim(cache.past, axes.index("s"))
+        if length is not None:
+            return (
+                f"its cache is made for exactly {length} earlier tokens: export the model with "
+                "dynamic axes, so that it can grow from nothing"
+            )
+    return ""
 
 
 def _difference(keys: Projection, values: Projection) -> str:

@@ -7,8 +7,6 @@ angles are repeated on the positions of all keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 import onnx_ir as ir
 
@@ -18,8 +16,10 @@ from onnx_tricks.graph.shapes import dim, dtype_of, rank_of
 from onnx_tricks.patterns.attention import Attention
 from onnx_tricks.patterns.dry_run import DryRun
 from onnx_tricks.patterns.rotary import Rotary
+from onnx_tricks.slim.repeat import repeat_on, rounds_between
+from onnx_tricks.slim.states import builder_before
 
-__all__ = ["Angles", "all_positions", "find_mask", "is_computed_from", "repeat_on"]
+__all__ = ["Angles", "all_positions", "find_mask", "is_computed_from"]
 
 _END = 2**62
 _STATE = ("past_key_values.positions", "present.positions")
@@ -55,46 +55,6 @@ def all_positions(build: Builder, mask: ir.Value | None, length: ir.Value | None
     return build.Max(build.Sub(counted, [1]), [0])
 
 
-def repeat_on(
-    build: Builder, values: Iterable[ir.Value], source: ir.Value, new: ir.Value
-) -> list[ir.Value]:
-    """Repeat the nodes between a value and what is computed from it, on another value.
-
-    Args:
-        build: Makes the nodes.
-        values: What is computed.
-        source: What it is computed from; anything else that enters is shared.
-        new: Takes the place of `source`.
-
-    Returns:
-        The counterparts of `values`.
-    """
-    dependent = _computed_from(source)
-    known: dict[ir.Value, ir.Value] = {source: new}
-
-    def counterpart(value: ir.Value) -> ir.Value:
-        if value not in known:
-            node = value.producer()
-            if node is None or value not in dependent:
-                return value
-            inputs = [None if v is None else counterpart(v) for v in node.inputs]
-            attributes = list(node.attributes.values())
-            outputs = build.node(node.domain, node.op_type, inputs, attributes, len(node.outputs))
-            known.update(zip(node.outputs, outputs, strict=True))
-        return known[value]
-
-    return [counterpart(value) for value in values]
-
-
-def _computed_from(source: ir.Value) -> set[ir.Value]:
-    found, pending = {source}, [source]
-    while pending:
-        for node in pending.pop().consumers():
-            pending += [output for output in node.outputs if output not in found]
-            found.update(node.outputs)
-    return found
-
-
 class Angles:
     """Rotation angles of all keys, made once for the layers of a graph that share them.
 
@@ -108,6 +68,7 @@ class Angles:
         self._model, self._run, self._keep = model, run, keep
         self._state: tuple[ir.Value, ir.Value] | None = None
         self._made: dict[tuple[object, ...], dict[str, ir.Value]] = {}
+        self._rounded: dict[ir.Value, ir.Value] = {}
 
     def of(
         self, build: Builder, view: Attention, dtype: ir.DataType, past: ir.Value
@@ -173,8 +134,14 @@ class Angles:
             self._state = past, build.Concat(past, new, axis=-1)
         return self._state[1]
 
-    def declare(self) -> None:
-        """Let the positions leave the model, where they are a state."""
+    def finish(self) -> None:
+        """Do what has to wait for the last layer.
+
+        Positions leave the model, where they are a state, and where angles of keys were computed
+        in half precision before, those of queries are computed in float32 like them.
+        """
+        for angle, positions in self._rounded.items():
+            self._widen(angle, positions)
         if self._state is not None:
             past, present = self._state
             assert past.shape is not None
@@ -190,11 +157,15 @@ class Angles:
         positions: ir.Value,
         dtype: ir.DataType,
     ) -> ir.Value:
+        wide = False
         if is_constant(root):
             angles, width = build.Gather(root, positions), dim(root, -1)
         else:
             assert rotary.positions is not None
-            (angles,) = repeat_on(build, [root], rotary.positions, positions)
+            wide = rounds_between([root], rotary.positions)
+            if wide:
+                self._rounded[root] = rotary.positions
+            (angles,) = repeat_on(build, [root], rotary.positions, positions, wide=wide)
             shape = self._run.shape(root) or ()
             width = shape[-1] if shape else None
             if len(shape) == 4:  # one for all heads
@@ -206,7 +177,22 @@ class Angles:
             angles = build.Slice(angles, [0], [_END], [-1], [2])
         elif width == rotary.width:
             angles = build.Slice(angles, [0], [rotary.width // 2], [-1])
-        return angles if dtype_of(root) == dtype else build.Cast(angles, to=dtype)
+        same = dtype_of(root) == dtype and not wide
+        return angles if same else build.Cast(angles, to=dtype)
+
+    def _widen(self, angle: ir.Value, positions: ir.Value) -> None:
+        """Compute an angle in float32, and round it where it is read.
+
+        In half precision it would be off by a multiple of its position. Runtimes often leave such
+        roundings out, so that nobody notices, but not around every node.
+        """
+        node, readers = angle.producer(), list(angle.uses())
+        assert node is not None
+        build = builder_before(self._model, node, f"{angle.name}/wide")
+        (exact,) = repeat_on(build, [angle], positions, positions, wide=True)
+        rounded = build.Cast(exact, to=dtype_of(angle))
+        for reader, index in readers:
+            reader.replace_input_with(index, rounded)
 
 
 def _root(value: ir.Value) -> ir.Value:

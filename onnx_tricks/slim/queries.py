@@ -12,10 +12,11 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_tricks.graph.build import Builder
+from onnx_tricks.graph.shapes import dtype_of
 from onnx_tricks.operators.body import rotate
 from onnx_tricks.patterns.attention import Attention
 from onnx_tricks.patterns.axes import Axes
-from onnx_tricks.slim.positions import repeat_on
+from onnx_tricks.slim.repeat import repeat_on
 
 __all__ = [
     "can_be_written",
@@ -133,6 +134,9 @@ def _project(build: Builder, view: Attention, weights: Mapping[str, ir.Value]) -
     if len(projection.axes) < 4:
         lengths = [sizes.get(one, [-1]) for one in projection.axes]
         made = build.Reshape(made, build.Concat(*lengths, axis=0))
+    given, before = (dtype_of(one) for one in (projection.output, projection.source))
+    if None not in (given, before) and given != before:
+        made = build.Cast(made, to=given)
     last, axes = query.state, query.state_axes
     if query.inside:
         last, axes = query.operand, query.axes

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from onnx_tricks.graph.build import Builder
 from onnx_tricks.graph.edit import fresh_name
+from onnx_tricks.graph.shapes import dtype_of
 
 __all__ = ["State", "builder_before", "replace_outputs", "state_names"]
 
@@ -91,32 +92,41 @@ def _replace_branches(
     graph: ir.Graph, branching: ir.Node, kept: Sequence[tuple[ir.Value, Sequence[State] | None]]
 ) -> list[ir.Value]:
     """Give an If other outputs: a new node in its place, its branches returning the states."""
-    index = {output: i for i, output in enumerate(branching.outputs)}
-    branches = [a.as_graph() for a in branching.attributes.values()]
-    for branch in branches:
+    becomes = {_behind(output): states for output, states in kept if states is not None}
+    plan = [(value, becomes.get(value)) for value in branching.outputs]
+    for attribute in branching.attributes.values():
+        branch = attribute.as_graph()
         old = list(branch.outputs)
         branch.outputs.clear()
-        for output, states in kept:
-            if output in index:
-                found = [old[index[output]]] if states is None else _named(states, branch)
-                branch.outputs.extend(found)
-    names: list[ir.Value | State] = []
-    for output, states in kept:
-        if output in index:
-            names += [output] if states is None else states
+        for output, (_, states) in zip(old, plan, strict=True):
+            branch.outputs.extend([output] if states is None else _named(states, branch))
+    names: list[ir.Value | State] = [
+        one for v, new in plan for one in ([v] if new is None else new)
+    ]
     new = ir.Node("", "If", branching.inputs, branching.attributes.values(), num_outputs=len(names))
     new.name = branching.name
+    made: dict[str | None, ir.Value] = {}
     for value, like in zip(new.outputs, names, strict=True):
-        dtype = like.dtype
-        assert dtype is not None
-        value.name, value.shape, value.type = like.name, like.shape, ir.TensorType(dtype)
+        dtype = dtype_of(like) if isinstance(like, ir.Value) else like.dtype
+        value.name, value.shape = like.name, like.shape
+        value.type = None if dtype is None else ir.TensorType(dtype)
+        made[like.name] = value
     graph.insert_before(branching, new)
-    results = iter(new.outputs)
-    outputs: list[ir.Value] = []
-    for output, states in kept:
-        if output in index:
-            count = 1 if states is None else len(states)
-            outputs += [next(results) for _ in range(count)]
-        else:
-            outputs.append(output)
-    return outputs
+    for value, states in plan:
+        for reader, index in () if states is not None else list(value.uses()):
+            reader.replace_input_with(index, made[value.name])
+    return [
+        one
+        for output, states in kept
+        for one in (
+            [made.get(output.name, output)] if states is None else [made[s.name] for s in states]
+        )
+    ]
+
+
+def _behind(output: ir.Value) -> ir.Value:
+    """What an output is before it is cast, as one is that has another type outside."""
+    while (node := output.producer()) is not None and node.op_type in ("Cast", "Identity"):
+        assert node.inputs[0] is not None
+        output = node.inputs[0]
+    return output

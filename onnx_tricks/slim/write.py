@@ -73,7 +73,9 @@ def write_operator(
         query = build.Cast(query, to=plan.dtype)
     if "query_gain" in weights:
         query = build.Mul(query, weights["query_gain"])
-    given: dict[str, ir.Value | None] = {**weights, **states, **turns, "query": query}
+    same = plan.cache == form.cache
+    read = states if same else {n: build.Cast(v, to=form.cache) for n, v in states.items()}
+    given: dict[str, ir.Value | None] = {**weights, **read, **turns, "query": query}
     if "bias" in form.inputs:
         given["bias"] = _bias(build, view, plan.dtype, masks.of(build, view, query, states))
     if plan.operator == "SlimAttention":
@@ -107,7 +109,8 @@ def write_operator(
     if wanted is not None and wanted != plan.dtype:
         output = build.Cast(output, to=wanted)
     view.merged.replace_all_uses_with(output)
-    return dict(zip(OUTPUTS[plan.operator][1:], outputs[1:], strict=False))
+    kept = [one if same else build.Cast(one, to=plan.cache) for one in outputs[1:]]
+    return dict(zip(OUTPUTS[plan.operator][1:], kept, strict=False))
 
 
 def _scale(view: Attention) -> float:

@@ -1,7 +1,7 @@
 """Ops that ONNX Runtime computes only in narrow types, written in ops that it computes in double.
 
 Only what would spoil a float64 reference is here: the ops that carry the residual stream, the
-convolution, and Erf, which is in every exact GELU.
+convolution, norms of images, and Erf, which is in every exact GELU.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ __all__ = ["expand"]
 
 # A convolution is unfolded into a matrix; where that grows its input more, it stays in float32.
 _LARGEST_UNFOLDING = 4
+_REDUCE_SUM_BY_INPUT = 13  # the opset since which its axes are an input
 _TO_THE_END = np.iinfo(np.int64).max
 
 
@@ -144,6 +145,26 @@ def _erf(tape: _Tape, node: ir.Node) -> list[ir.Value | None]:
     return [tape("Mul", tape("Sign", x), result)]
 
 
+def _instance_norm(tape: _Tape, node: ir.Node) -> list[ir.Value | None]:
+    """Each channel of each image less its mean, over its deviation."""
+    x, gain, bias = node.inputs
+    graph = node.graph
+    if not isinstance(graph, ir.Graph) or graph.opset_imports.get("", 0) < _REDUCE_SUM_BY_INPUT:
+        return []
+    last, inner = tape.integers(-1), tape.integers(1)
+    rows = tape("Reshape", x, tape.integers(0, 0, -1))
+    double = int(ir.DataType.DOUBLE)
+    count = tape("Cast", tape("Gather", tape("Shape", rows), last), to=double)
+    centred = tape("Sub", rows, tape("Div", tape("ReduceSum", rows, last), count))
+    square = tape("Div", tape("ReduceSum", tape("Mul", centred, centred), last), count)
+    attribute = node.attributes.get("epsilon")
+    epsilon = tape.constant(np.float64(1e-5 if attribute is None else attribute.as_float()))
+    deviation = tape("Sqrt", tape("Add", square, epsilon))
+    scaled = tape("Mul", tape("Div", centred, deviation), tape("Unsqueeze", gain, inner))
+    shifted = tape("Add", scaled, tape("Unsqueeze", bias, inner))
+    return [tape("Reshape", shifted, tape("Shape", x))]
+
+
 def _integers(node: ir.Node, name: str, default: list[int]) -> list[int]:
     attr = node.attributes.get(name)
     if attr is None:
@@ -154,6 +175,7 @@ def _integers(node: ir.Node, name: str, default: list[int]) -> list[int]:
 _FORMS: dict[tuple[str, str], Callable[[_Tape, ir.Node], list[ir.Value | None]]] = {
     ("", "Conv"): _conv,
     ("", "Erf"): _erf,
+    ("", "InstanceNormalization"): _instance_norm,
     ("com.microsoft", "SkipLayerNormalization"): _skip_norm,
     ("com.microsoft", "SkipSimplifiedLayerNormalization"): _skip_norm,
 }

@@ -74,6 +74,14 @@ def guesses(interface: Interface) -> Iterator[Guess]:
         yield Guess(*choice)
 
 
+def _length(value: Input, cache: Array) -> int:
+    """How many tokens a cache holds."""
+    if cache.ndim < 3:
+        return 0
+    fixed = all(isinstance(dim, int) for dim in value.dims[1:])
+    return int(cache.shape[2 if fixed else value.growing])
+
+
 class Builder:
     """Builds one case.
 
@@ -118,8 +126,8 @@ class Builder:
         """The case; to be asked for once."""
         shape = self._shape
         caches = {v.name: self._cache(v) for v in self._interface.role("cache")}
-        filled = {n: a for n, a in caches.items() if a.shape[2:3] != (0,) and "encoder" not in n}
-        past = next((a.shape[2] for a in filled.values() if a.ndim > 2), 0)
+        own = [v for v in self._interface.role("cache") if "encoder" not in v.name]
+        past = next((n for v in own if (n := _length(v, caches[v.name]))), 0)
         # A decoder whose caches another model fills goes on from there, token by token.
         lengths = (1,) * (1 + len(shape.steps)) if past else (shape.prompt, *shape.steps)
         padding = shape.prompt * 2 // 3 if shape.padded and not past else 0

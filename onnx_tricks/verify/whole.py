@@ -7,7 +7,10 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx_ir as ir
+
 from onnx_tricks.graph.load import load_model
+from onnx_tricks.graph.traverse import initializers
 from onnx_tricks.runtime.sessions import Session, SessionError
 from onnx_tricks.verify.noise import nudge_weights
 from onnx_tricks.verify.pair import NotComparable, Outputs, Pair, Source, usable
@@ -127,6 +130,17 @@ def _compared(pair: Pair, reference: str, tally: Tally, note: str) -> Comparison
     return Comparison(reference, tuple(tally.findings()), len(pair.cases), note)
 
 
+def _is_double(model: ir.Model) -> bool:
+    """Whether all matrices of a model are stored in float64: raising it would change nothing."""
+    types = {
+        tensor.dtype
+        for value in initializers(model)
+        if (tensor := value.const_value) is not None
+        if tensor.dtype.is_floating_point() and len(tensor.shape) > 1
+    }
+    return types == {ir.DataType.DOUBLE}
+
+
 def _raised(path: Path, candidate: Path | None = None) -> tuple[Source | None, str]:
     """Raise a model to float64, and say which ops stay in float32, or why it cannot be raised.
 
@@ -134,6 +148,8 @@ def _raised(path: Path, candidate: Path | None = None) -> tuple[Source | None, s
     """
     model = load_model(path).model
     steady(model)
+    if _is_double(model):
+        return None, "the model is in float64 itself"
     if candidate is not None:
         nudge_weights(model, load_model(candidate).model)
     try:

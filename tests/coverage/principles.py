@@ -45,6 +45,11 @@ PRINCIPLES = (
         "through a sum: its gain is part of the function and has no weight to move into.",
     ),
     _fold(
+        "adds a constant to it",
+        "A layer over other axes than the channels, or a table of positions, adds a constant to "
+        "the norm's output, which its gain would have to scale, too.",
+    ),
+    _fold(
         "multiplies it with something that is not a constant weight",
         "The norm is one of queries or keys: its gain acts between two values of the input, and "
         "neither side of their product is a weight.",

@@ -140,6 +140,25 @@ def test_norms_that_share_one_difference_lose_it() -> None:
     check(toy(body), norms=2)
 
 
+def test_the_bias_of_a_norm_that_enters_the_stream_in_parts_stays_as_it_is() -> None:
+    first = CENTRED + SQUARE + "i = Div(d, s) k = Mul(i, g) x = Add(k, c_square) "
+    norms = NORMS.replace("r =", "t =").replace("(r,", "(t,")
+    before = toy(f"r = MatMul(h0, w_square) {first} {norms}")
+    after, result = center(before)
+    assert (result.count, result.skipped) == (3, [])
+    inputs = toys.feeds(before)
+    assert toys.error(toys.run(after, inputs)[0], toys.run(before, inputs)[0]) < 1e-6
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+def test_a_norm_of_the_mean_of_rows_ends_the_stream_as_one_of_rows_does(keep: int) -> None:
+    pooled = f"x = MatMul(h0, w_square) {NORMS} "
+    pooled = pooled.replace(
+        "r = Add(x, h)", f"t = Add(x, h) r = ReduceMean<keepdims={keep}>(t, axis1)"
+    )
+    check(toy(pooled), norms=2)
+
+
 def test_embeddings_are_centred_row_by_row() -> None:
     body = f"e = Gather(table, ids) p = Gather(places, ids) x = Add(e, p) {NORMS}"
     after = check(toy(body, inputs="ids[b,s]"), norms=2)

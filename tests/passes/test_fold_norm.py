@@ -9,7 +9,8 @@ import pytest
 
 from onnx_tricks import FoldNorm
 from onnx_tricks.graph.shapes import annotate
-from onnx_tricks.patterns.norm import Norm, find_norms
+from onnx_tricks.patterns.norm import Norm
+from onnx_tricks.patterns.norms import find_norms
 from onnx_tricks.rewrite import PassResult, run_passes
 from tests import toys
 
@@ -78,10 +79,21 @@ OTHER = {
     "z = Mul(k, g)",
     "epsilon outside": "p = Mul(x, x) m = ReduceMean<keepdims=1>(p, last) r = Sqrt(m) "
     "a = Add(r, eps) n = Div(x, a) z = Mul(n, g)",
+    "L2 as torch has it": "l = ReduceL2<keepdims=1>(x, last) m = Max(l, eps) sx = Shape(x) "
+    "e = Expand(m, sx) n = Div(x, e) k = Mul(n, root_width) z = Mul(k, g)",
+    "Derf": "h = Mul(x, half) t = Erf(h) k = Mul(t, g) z = Add(k, beta)",
+    "a number before the bias": "n = LayerNormalization(x, ones) k = Mul(n, g) h = Mul(k, half) "
+    "z = Add(h, beta)",
+    "more bias behind an operator": "n = LayerNormalization(x, g, beta) z = Add(n, g1)",
     "gain behind an operator": "n = LayerNormalization(x, ones) k = Mul(n, g) z = Add(k, beta)",
 }
 SIDES = (
     "sx = Shape(x) n0 = Gather(sx, axis0) n1 = Gather(sx, axis1) n2 = Slice(sx, pair, far, axis0) "
+)
+STRIDES = (
+    "m1 = ReduceMean<keepdims=1>(z, axis1) v = Reshape(m1, last) sz = Shape(z) "
+    "n0 = Gather(sz, index) i0 = Range(index, n0, second) i1 = Mul(i0, row_length) "
+    "i2 = Unsqueeze(i1, last) i3 = Add(i2, places) k = Gather(v, i3) "
 )
 READERS = {
     "MatMul": "y = MatMul(z, w)",
@@ -139,6 +151,11 @@ READERS = {
     "s1 = Shape(z) i2 = Expand(i1, s1) q = GatherElements<axis=1>(z, i2) y = MatMul(q, w)",
     "scaled": "q = Mul(z, half) k = Neg(q) y = MatMul(k, w)",
     "packed": "q = MatMul(z, w_packed) y = Add(q, c_packed)",
+    "picked by strides": STRIDES + "y = MatMul(k, w)",
+    "GRU": "y = GRU<hidden_size=4>(z, w_gates, w_states3, c_gates)",
+    "LSTM": "y = LSTM<hidden_size=3>(z, w_gates, w_states4, c_gates)",
+    "rows repeated by a Resize": SIDES + "t = Transpose<perm=[0,2,1]>(z) n11 = Add(n1, n1) "
+    "to = Concat<axis=0>(n0, n2, n11) k = Resize(t, , , to) y = Conv(k, w_conv, c)",
 }
 
 
@@ -323,6 +340,72 @@ def test_channels_first_norm_folds_into_a_convolution() -> None:
     assert toys.error(toys.run(after, inputs)[0], toys.run(before, inputs)[0]) < 1e-6
 
 
+LN = "z = LayerNormalization(x, g, beta) "
+MAPS = {
+    "InstanceNormalization": "z = InstanceNormalization(x, g, beta)",
+    "GroupNormalization": "z = GroupNormalization<num_groups=4>(x, g, beta)",
+    "groups as rows": "k = Reshape(x, grouped) n = InstanceNormalization(k, ones4, zeros4) "
+    "sx = Shape(x) u = Reshape(n, sx) h = Mul(u, g_channel) z = Add(h, beta_channel)",
+}
+
+
+@pytest.mark.parametrize(("reader", "bias_stays"), [("w_conv", False), ("w_conv3", True)])
+@pytest.mark.parametrize("name", MAPS)
+def test_norms_of_maps_fold_into_convolutions(name: str, reader: str, bias_stays: bool) -> None:
+    extra = {"ones4": np.ones(4, np.float32), "zeros4": np.zeros(4, np.float32)}
+    extra["grouped"] = np.array([0, 4, -1])
+    pads = "<pads=[1,1]>" if bias_stays else ""
+    body = f"{MAPS[name]} y = Conv{pads}(z, {reader}, c)"
+    before = toys.model(body, inputs="x[b,D,s]", opset=21, extra=extra)
+    after, result = fold(before)
+    assert (result.count, result.skipped) == (1, [])
+    assert fold(after)[1].count == 0
+    assert not {"g", "g_channel"} & {one.name for one in after.graph.initializer}
+    inputs = toys.feeds(before)
+    assert toys.error(toys.run(after, inputs)[0], toys.run(before, inputs)[0]) < 1e-6
+
+
+@pytest.mark.parametrize("second", ["g1", "g"])
+def test_a_gain_behind_a_norm_folds_into_the_same_weight(second: str) -> None:
+    before = toys.model(
+        f"n = LayerNormalization(x, g, beta) z = Mul(n, {second}) q = MatMul(z, w) y = Add(q, c)"
+    )
+    after, result = fold(before)
+    assert (result.count, result.skipped) == (2, [])
+    assert [node.op_type for node in after.graph.node] == ["LayerNormalization", "MatMul", "Add"]
+    inputs = toys.feeds(before)
+    assert toys.error(toys.run(after, inputs)[0], toys.run(before, inputs)[0]) < 1e-6
+
+
+def test_a_norm_filled_with_ones_has_nothing_to_fold() -> None:
+    body = "sx = Shape(x) n = ConstantOfShape<value=float[1] {1.0}>(sx) z = RMSNormalization(x, n) "
+    _, result = fold(toys.model(body + "y = MatMul(z, w)", opset=23))
+    assert (result.count, result.skipped) == (0, [])
+
+
+@pytest.mark.parametrize("word", ["g", "w"])
+def test_defaults_that_callers_may_override_are_refused_with_the_way_out(word: str) -> None:
+    before = toys.model(LN + "y = MatMul(z, w)")
+    tensor = next(one for one in before.graph.initializer if one.name == word)
+    value = onnx.helper.make_tensor_value_info(word, tensor.data_type, tensor.dims)
+    before.graph.input.append(value)
+    _, result = fold(before)
+    (skip,) = result.skipped
+    assert "keep_initializers_as_inputs=False" in skip.reason
+
+
+def test_what_scales_one_of_several_uses_of_a_norm_is_no_norm() -> None:
+    body = (
+        "z = LayerNormalization(x, g) k = Mul(z, g3) q = Pad(z, no_pads) r = Slice(q, axis0, last, "
+        "axis1) h = Mul(r, g1) s = Add(k, h) y = MatMul(s, w)"
+    )
+    before = toys.model(body)
+    after, result = fold(before)
+    assert (result.count, result.skipped) == (1, [])
+    inputs = toys.feeds(before)
+    assert toys.error(toys.run(after, inputs)[0], toys.run(before, inputs)[0]) < 1e-6
+
+
 def test_weights_in_constant_nodes_fold(caplog: pytest.LogCaptureFixture) -> None:
     before = toys.model(f"{RMS['div sqrt']} y = MatMul(z, w)")
     (weight,) = (one for one in before.graph.initializer if one.name == "w")
@@ -427,9 +510,6 @@ def test_a_weight_that_two_norms_of_one_gain_read_is_folded_once() -> None:
     assert toys.error(toys.run(after, inputs)[0], toys.run(before, inputs)[0]) < 1e-6
 
 
-LN = "z = LayerNormalization(x, g, beta) "
-
-
 def test_a_bias_that_outweighs_the_output_of_the_layer_stays_in_the_norm() -> None:
     body = "z = LayerNormalization(x, g, large) q = MatMul(z, w) y = Add(q, c)"
     for size, inputs in ((0.1, 2), (10.0, 3)):
@@ -453,6 +533,7 @@ REFUSALS = {
         LN + "k = Pad(z, channel_pads) y = MatMul(k, w_double)",
         "adds channels",
     ),
+    "positions": (LN + "k = Add(z, g_matrix) y = MatMul(k, w)", "adds a constant to it"),
     "graph output": (LN + "q = MatMul(z, w) y = Identity(z)", "is an output of the graph"),
     "activation": (LN + "q = Sigmoid(z) y = MatMul(q, w)", "is not linear in it"),
     "gain from outside": (
@@ -479,6 +560,14 @@ REFUSALS = {
     "heads": (
         LN + "k = Reshape(z, heads) y = MatMul(k, w_head)",
         "all heads of it with one weight",
+    ),
+    "rows picked by other strides": (
+        LN + STRIDES.replace("places", "places_turned") + "y = MatMul(k, w)",
+        "lie on one axis",
+    ),
+    "resized channels": (
+        LN + "sz = Shape(z) s2 = Add(sz, sz) k = Resize(z, , , s2) y = MatMul(k, w_double)",
+        "changes the number of its channels",
     ),
     "positions among channels": (
         LN + "t = Transpose<perm=[0,2,1]>(z) k = Reshape(t, mixed) y = Conv(k, w_map)",
@@ -535,6 +624,12 @@ KEPT = {
     "padded map, each channel": SIDES + "t = Transpose<perm=[0,2,1]>(z) "
     "to = Concat<axis=0>(n0, n2, n1, axis1) v = Reshape(t, to) "
     "y = Conv<pads=[1,0,1,0], group=16>(v, w_each)",
+    "summed up": "rows = CumSum(z, second) y = MatMul(rows, w)",
+    "rows between others": SIDES + "t = Transpose<perm=[0,2,1]>(z) n11 = Add(n1, n1) "
+    'to = Concat<axis=0>(n0, n2, n11) v = Resize<mode="linear">(t, , , to) y = Conv(v, w_conv, c)',
+    "a transposed Conv": "t = Transpose<perm=[0,2,1]>(z) y = ConvTranspose<strides=[2]>(t, w_up)",
+    "one weight for each of a batch": "sz = Shape(z) n0 = Slice(sz, axis0, axis1, axis0) "
+    "sw = Shape(w) to = Concat<axis=0>(n0, sw) t = Expand(w, to) y = MatMul(z, t)",
     "rows mixed": "t = Transpose<perm=[0,2,1]>(x) u = MatMul(x, t) v = Softmax<axis=-1>(u) "
     "rows = MatMul(v, z) y = MatMul(rows, w)",
     "rows mixed in an Einsum": "t = Transpose<perm=[0,2,1]>(x) u = MatMul(x, t) "

@@ -150,6 +150,21 @@ def test_a_fold_passes_in_every_type(toy, tmp_path, kind, body) -> None:
     assert result.error_after <= 2 * max(result.error_before, np.finfo(np.float32).eps)
 
 
+def test_a_model_in_float64_is_its_own_reference() -> None:
+    # Its own error is none: what rounding its weights once amounts to is the measure instead.
+    proto = toys.model(
+        "f = Cast<to=1>(one) d = Cast<to=11>(f) u = Mul(x, d) h = MatMul(u, w_square) "
+        "z = LayerNormalization(h, g, beta) y = MatMul(z, w_packed)",
+        kind="double",
+    )
+    _, report = onnx_tricks.optimize(proto, passes=["fold-norm"])
+    assert report.passes[0].applied == 1
+    result = report.verification
+    assert (result.status, result.reference) == ("passed", "original")
+    assert "float64 itself" in result.message
+    assert 0 < result.error_before < 1e-13
+
+
 def test_a_type_that_the_runtime_lacks_is_compared_in_float64_and_says_so(demo) -> None:
     result = verify(demo["bf16"], demo["bf16"])
     assert (result.status, result.reference) == ("passed", "float64")

@@ -86,6 +86,14 @@ WAYS = {
     ),
     "attention": ("Attention", [Q, K, V], {"softmax_precision": 1}, attention(Q, K, V)),
     "erf": ("Erf", [3 * X], {}, np.vectorize(math.erf)(3 * X)),
+    "instance norm": (
+        "InstanceNormalization",
+        [IMAGE, GAIN[:3], SHIFT[:3]],
+        {"epsilon": 1e-5},
+        rms((IMAGE - IMAGE.mean((2, 3), keepdims=True)).reshape(2, 3, -1)).reshape(IMAGE.shape)
+        * GAIN[:3, None, None]
+        + SHIFT[:3, None, None],
+    ),
     "patches": ("Conv", [IMAGE, KERNEL], {"strides": [2, 2]}, unfolded(IMAGE, KERNEL, 2, 1, 0)),
     "dilated": (
         "Conv",
