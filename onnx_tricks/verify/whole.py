@@ -149,7 +149,7 @@ def _raised(path: Path, candidate: Path | None = None) -> tuple[Source | None, s
     model = load_model(path).model
     steady(model)
     if _is_double(model):
-        return None, "the model is in float64 itself"
+        return None, "no float64 reference: the model is in float64 itself"
     if candidate is not None:
         nudge_weights(model, load_model(candidate).model)
     try:
