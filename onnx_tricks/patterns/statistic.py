@@ -71,6 +71,8 @@ def is_row_statistic(value: ir.Value, axis: int, depth: int = 0) -> bool:
     if node.op_type in _REDUCTIONS:
         axes = _axes_of(node)
         return axes is not None and axis in axes
+    if node.op_type == "Expand" and scalar(node.inputs[0]) is not None:
+        return False  # a value filled with one number, as queries of a detector are at first
     return node.op_type in _ELEMENTWISE and all(
         is_row_statistic(operand, axis, depth + 1) for operand in _operands(node)
     )

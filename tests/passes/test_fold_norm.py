@@ -419,6 +419,16 @@ def test_weights_in_constant_nodes_fold(caplog: pytest.LogCaptureFixture) -> Non
     assert not caplog.records  # the file names the types of all that has a shape
 
 
+def test_a_norm_of_values_that_one_number_fills_folds() -> None:
+    """The decoder of a detector begins with such values, as wide as its learnt queries."""
+    filled = RMS["div sqrt"].replace("(x,", "(h,")
+    before = toys.model(f"s = Shape(x) h = Expand(half, s) {filled} y = MatMul(z, w)")
+    after, result = fold(before)
+    assert (result.count, result.skipped) == (1, [])
+    inputs = toys.feeds(before)
+    assert toys.error(toys.run(after, inputs)[0], toys.run(before, inputs)[0]) < 1e-6
+
+
 def test_norms_of_one_width_share_one_vector_of_ones() -> None:
     body = (
         "z = LayerNormalization(x, g, beta) h = MatMul(z, w_square) "
