@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -12,6 +12,7 @@ from onnx_tricks.graph.build import Builder
 from onnx_tricks.graph.constants import evaluate, stored_tensor
 from onnx_tricks.graph.shapes import rank_of
 from onnx_tricks.patterns.dry_run import DryRun
+from onnx_tricks.slim.dependence import computed_from
 
 __all__ = ["Dim", "Dimensions", "Length"]
 
@@ -45,7 +46,7 @@ class Dimensions:
         going: bool,
     ) -> None:
         self._needed, self._known, self._run = needed, known, run
-        self._doomed = _computed_from(known) if going else set()
+        self._doomed = computed_from(known) if going else set()
 
     def at(self, build: Builder) -> Dimensions:
         """Begin anew, with nodes made in another place."""
@@ -274,18 +275,6 @@ class Dimensions:
         rank = len(dims) + len(axes)
         rest, places = iter(dims), {int(axis) % rank for axis in axes}
         return [1 if axis in places else next(rest) for axis in range(rank)]
-
-
-def _computed_from(sources: Iterable[ir.Value]) -> set[ir.Value]:
-    """The values that cannot be computed without some others."""
-    found = set(sources)
-    pending = list(found)
-    while pending:
-        for node in pending.pop().consumers():
-            if node.op_type != "Shape":
-                pending += [output for output in node.outputs if output not in found]
-                found.update(node.outputs)
-    return found
 
 
 _MAKERS: dict[str, Callable[[Dimensions, ir.Node], _Dims | None]] = {

@@ -10,7 +10,8 @@ import onnx_ir as ir
 from onnx_tricks.graph.build import Builder
 from onnx_tricks.graph.shapes import rank_of
 from onnx_tricks.patterns.attention import Attention
-from onnx_tricks.slim.positions import find_mask, is_computed_from
+from onnx_tricks.slim.dependence import is_computed_from
+from onnx_tricks.slim.positions import find_mask
 
 __all__ = ["Masks", "masks_inside", "unclear_mask"]
 

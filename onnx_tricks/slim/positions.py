@@ -16,10 +16,11 @@ from onnx_tricks.graph.shapes import dim, dtype_of, rank_of
 from onnx_tricks.patterns.attention import Attention
 from onnx_tricks.patterns.dry_run import DryRun
 from onnx_tricks.patterns.rotary import Rotary
+from onnx_tricks.slim.dependence import sources_of
 from onnx_tricks.slim.repeat import repeat_on, rounds_between
 from onnx_tricks.slim.states import builder_before
 
-__all__ = ["Angles", "all_positions", "find_mask", "is_computed_from"]
+__all__ = ["Angles", "all_positions", "find_mask"]
 
 _END = 2**62
 _STATE = ("past_key_values.positions", "present.positions")
@@ -207,21 +208,5 @@ def _follows(positions: ir.Value, mask: ir.Value | None) -> bool:
     """Whether positions are the caller's, or counted along the mask; else they are a range."""
     return any(
         value is mask or (value.is_graph_input() and "position" in (value.name or ""))
-        for value in _sources(positions)
+        for value in sources_of(positions)
     )
-
-
-def is_computed_from(value: ir.Value, source: ir.Value) -> bool:
-    """Whether a value depends on the numbers, and not the shape alone, of another."""
-    return source in _sources(value)
-
-
-def _sources(value: ir.Value) -> set[ir.Value]:
-    """Everything whose numbers a value depends on."""
-    pending, seen = [value], {value}
-    while pending:
-        node = pending.pop().producer()
-        if node is not None and node.op_type != "Shape":
-            pending += [v for v in node.inputs if v is not None and v not in seen]
-            seen.update(v for v in node.inputs if v is not None)
-    return seen

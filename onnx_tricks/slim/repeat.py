@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from onnx_tricks.graph.build import Builder
 from onnx_tricks.graph.shapes import dtype_of
+from onnx_tricks.slim.dependence import computed_from
 
 __all__ = ["repeat_on", "rounds_between"]
 
@@ -35,7 +36,7 @@ def repeat_on(
     Returns:
         The counterparts of `values`.
     """
-    dependent = _computed_from(source)
+    dependent = computed_from([source], shapes=True)
     known: dict[ir.Value, ir.Value] = {source: new}
 
     def counterpart(value: ir.Value) -> ir.Value:
@@ -75,7 +76,7 @@ def rounds_between(values: Iterable[ir.Value], source: ir.Value) -> bool:
 
 
 def _between(values: Iterable[ir.Value], source: ir.Value) -> Iterator[ir.Node]:
-    dependent, pending, seen = _computed_from(source), list(values), set[ir.Node]()
+    dependent, pending, seen = computed_from([source], shapes=True), list(values), set[ir.Node]()
     while pending:
         value = pending.pop()
         node = value.producer()
@@ -84,12 +85,3 @@ def _between(values: Iterable[ir.Value], source: ir.Value) -> Iterator[ir.Node]:
         seen.add(node)
         yield node
         pending += [one for one in node.inputs if one is not None]
-
-
-def _computed_from(source: ir.Value) -> set[ir.Value]:
-    found, pending = {source}, [source]
-    while pending:
-        for node in pending.pop().consumers():
-            pending += [output for output in node.outputs if output not in found]
-            found.update(node.outputs)
-    return found
