@@ -12,6 +12,7 @@ from onnx_tricks.graph.shapes import dim, rank_of, shape_of
 from onnx_tricks.patterns.channels import Channels, Moved, Obstacle
 from onnx_tricks.patterns.entries import entry, repeats
 from onnx_tricks.patterns.extents import Extents
+from onnx_tricks.patterns.quantised import QUANTISED_PRODUCTS
 from onnx_tricks.patterns.reshapes import reshaped
 from onnx_tricks.patterns.shape_rules import axes_of
 from onnx_tricks.patterns.statistic import is_row_statistic
@@ -19,10 +20,9 @@ from onnx_tricks.patterns.strided import picked_whole
 
 __all__ = ["follow"]
 
-_QUANTISED = (
-    "DynamicQuantizeLinear DynamicQuantizeMatMul GatherBlockQuantized MatMulBnb4 MatMulInteger "
-    "MatMulIntegerToFloat MatMulNBits QAttention QLinearMatMul QMoE QOrderedMatMul QuantizeLinear"
-).split()
+_QUANTISED = QUANTISED_PRODUCTS | frozenset(
+    "DynamicQuantizeLinear GatherBlockQuantized QAttention QMoE QuantizeLinear".split()
+)
 
 
 def follow(

@@ -6,15 +6,17 @@ import onnx_ir as ir
 
 from onnx_tricks.graph.names import described
 
-__all__ = ["QUANTISED", "quantised_behind"]
+__all__ = ["QUANTISED", "QUANTISED_PRODUCTS", "quantised_behind"]
 
 QUANTISED = "the weights of {} are quantised: run onnx-tricks first, and quantise what it writes"
 """Why a product with quantised weights is left alone."""
 
-_PRODUCTS = frozenset(
+QUANTISED_PRODUCTS = frozenset(
     "DynamicQuantizeMatMul MatMulBnb4 MatMulFpQ4 MatMulInteger MatMulIntegerToFloat MatMulNBits "
-    "QGemm QLinearMatMul".split()
+    "QGemm QLinearMatMul QOrderedMatMul".split()
 )
+"""Operators that multiply with quantised weights."""
+
 _LAYERS = frozenset(("FusedMatMul", "Gemm", "MatMul"))
 _MAX_NODES = 200  # among them all that angles of a rotation come from
 
@@ -33,7 +35,7 @@ def quantised_behind(value: ir.Value) -> str:
         node = pending.pop(0).producer()
         if node is None:
             continue
-        if node.op_type in _PRODUCTS or _is_dequantised(node):
+        if node.op_type in QUANTISED_PRODUCTS or _is_dequantised(node):
             return QUANTISED.format(described(node))
         if node.op_type not in {*_LAYERS, "Shape"}:
             found = [one for one in node.inputs if one is not None and one not in seen]
