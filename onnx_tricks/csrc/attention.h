@@ -91,7 +91,7 @@ struct Problem {
 
   // Nothing to compute, though present states may have to be written: no numbers of an output.
   bool empty() const { return !(B && T && H && V); }
-  std::int64_t share() const { return H / G; }  // heads of one group
+  ONNX_TRICKS_ANYWHERE std::int64_t share() const { return H / G; }  // heads of one group
 
   // Of the keys of one token.
   ONNX_TRICKS_ANYWHERE std::int64_t norms() const { return key_norm == Norm::kHead ? G : 1; }

@@ -304,7 +304,7 @@ class Collector {
         for (int high = 0; high < 2; ++high)
 #pragma unroll
           for (int k = 0; k < 2; ++k) {
-            load_matrices<false>(query, absorbed(part, high * 16 + lane_ % 16) + column + k * 16 + lane_ / 16 * 8);
+            load_left(query, absorbed(part, 0), room_.stride, high * 16, column + k * 16);
             multiply<T>(scores[high], query, states[2 * k], states[2 * k + 1]);
           }
     }
@@ -419,8 +419,7 @@ class Collector {
         for (int high = 0; high < 2; ++high)
 #pragma unroll
           for (int k = 0; k < 2; ++k)
-            load_matrices<false>(weights[high][k], this->weights(stage, part, high * 16 + lane_ % 16) + start +
-                                                       k * 16 + lane_ / 16 * 8);
+            load_left(weights[high][k], this->weights(stage, part, 0), kWeightStride, high * 16, start + k * 16);
 #pragma unroll
         for (int j = 0; j < kPieces; ++j) {
           const int column = (warp_ + j * kWarps) * kPiece;

@@ -199,6 +199,13 @@ __device__ inline std::uint32_t pack(float low, float high) {
   return bits;
 }
 
+// What `multiply` takes as a: rows [row, row + 16) and columns [k, k + 16) of a matrix in shared memory.
+template <class T>
+__device__ inline void load_left(std::uint32_t (&to)[4], const T* tile, int stride, int row, int k) {
+  const auto lane = static_cast<int>(threadIdx.x % 32);
+  load_matrices<false>(to, tile + (row + lane % 16) * stride + k + lane / 16 * 8);
+}
+
 // What `multiply` takes as b from rows [k, k + 16) and columns [n, n + 8) of a matrix in shared
 // memory, then from the next eight columns. `kAcross`: the tile has the columns as its rows.
 template <bool kAcross, class T>

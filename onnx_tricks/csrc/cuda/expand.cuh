@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads) expand_states(const __grid_constant_
       std::uint32_t a[2][4], b[2][4];
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        load_matrices<false>(a[i], states + (row + i * 16 + lane % 16) * kExpandStride + k + lane / 16 * 8);
+        load_left(a[i], states, kExpandStride, row + i * 16, k);
 #pragma unroll
       for (int j = 0; j < 2; ++j) load_pair<kAcross>(b[j], weights, kExpandStride, k, column + j * 16);
 #pragma unroll

@@ -28,7 +28,7 @@ struct Prompt {
   const void* keys;    // [b, g, S, K]
   const void* values;  // [b, g, S, V]
 
-  __host__ __device__ std::int64_t group_rows() const { return p.H / p.G * p.T; }
+  __host__ __device__ std::int64_t group_rows() const { return p.share() * p.T; }
   __host__ __device__ std::int64_t row_blocks() const { return (group_rows() + kPromptRows - 1) / kPromptRows; }
   std::int64_t blocks() const { return chunk.batch * p.G * row_blocks(); }
 };
@@ -77,7 +77,7 @@ class Prompter {
 
   __device__ std::int64_t row(int half) const { return first_row_ + 8 * half; }
   __device__ bool exists(int half) const { return row(half) < c_.group_rows(); }
-  __device__ std::int64_t head(std::int64_t row) const { return group_ * (p_.H / p_.G) + row / p_.T; }
+  __device__ std::int64_t head(std::int64_t row) const { return group_ * p_.share() + row / p_.T; }
 
   // Null where there is none.
   __device__ const T* bias_of(std::int64_t row) const {
@@ -148,7 +148,7 @@ class Prompter {
       for (int k = 0; k < kWidth / 16; ++k) {
         std::uint32_t query[4], keys[4];
         if constexpr (!kHeld)
-          load_matrices<false>(query, query_tile_ + lane_ % 16 * kStride + k * 16 + lane_ / 16 * 8);
+          load_left(query, query_tile_, kStride, 0, k * 16);
         load_pair<true>(keys, key_tile_, kStride, k * 16, j * 8);
 #pragma unroll
         for (int n = 0; n < 2; ++n)

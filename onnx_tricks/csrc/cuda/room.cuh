@@ -35,7 +35,7 @@ struct Collect {
   }
   __host__ __device__ int parts() const { return p.type == Type::kFloat ? 2 : 1; }
   __host__ __device__ int angle_size() const { return p.type == Type::kFloat ? 4 : 2; }
-  __host__ __device__ int share() const { return static_cast<int>(p.H / p.G); }
+  __host__ __device__ int share() const { return static_cast<int>(p.share()); }
   __host__ __device__ int rows() const { return static_cast<int>(p.H * chunk.tokens); }
   __host__ __device__ int row_blocks() const { return (rows() + kBlockRows - 1) / kBlockRows; }
   __host__ __device__ int tiles() const { return static_cast<int>((p.S + kTile - 1) / kTile); }
