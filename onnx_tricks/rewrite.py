@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 import onnx_ir as ir
 
 from onnx_tricks.errors import PassError, TricksError
-from onnx_tricks.graph.edit import remove_dead_nodes
+from onnx_tricks.graph.edit import lower_constants, remove_dead_nodes
 from onnx_tricks.graph.shapes import annotate
 
 __all__ = ["Pass", "PassResult", "Site", "Skip", "run_passes"]
@@ -133,6 +133,7 @@ def run_passes(model: ir.Model, passes: Sequence[Pass]) -> list[PassResult]:
                 f"{before}). This is a defect of onnx-tricks; --skip {current.name} goes around it."
             ) from error
         results.append(PassResult(current.name, sites, skips, time.perf_counter() - start))
+    lower_constants(model)
     return results
 
 

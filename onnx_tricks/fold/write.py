@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from onnx_tricks.fold.part import Array, Scaling
+from onnx_tricks.graph.constants import evaluate
 from onnx_tricks.graph.edit import (
     ChangedTensor,
     add_constant,
@@ -60,7 +61,9 @@ def make_plain(model: ir.Model, norm: Norm, kept: Array | None) -> None:
     if norm.fused is not None:
         ones = shared_vector(model, 1.0, norm.width, norm.dtype)
         norm.node.replace_input_with(norm.fused.gain, ones)
-        if norm.fused.bias is not None and norm.fused.bias < len(norm.node.inputs):
+        if norm.output is not norm.node.outputs[0]:
+            _change_added(model, norm, kept)
+        elif norm.fused.bias is not None and norm.fused.bias < len(norm.node.inputs):
             if kept is None and norm.fused.maps:
                 zeros = shared_vector(model, 0.0, norm.width, norm.dtype)
                 norm.node.replace_input_with(norm.fused.bias, zeros)
@@ -95,3 +98,18 @@ def make_plain(model: ir.Model, norm: Norm, kept: Array | None) -> None:
     plain.shape = norm.output.shape
     plain.meta.update(norm.output.meta)
     norm.output.replace_all_uses_with(plain)
+
+
+def _change_added(model: ir.Model, norm: Norm, kept: Array | None) -> None:
+    """Change the vector that is added behind an operator without a bias, or add none."""
+    add = norm.output.producer()
+    assert add is not None
+    index, added = next(
+        (i, array) for i, v in enumerate(add.inputs) if (array := evaluate(v)) is not None
+    )
+    if kept is None:
+        scaled = add.inputs[1 - index]
+        assert scaled is not None
+        norm.output.replace_all_uses_with(scaled)
+    else:
+        replace_input(model, add, index, kept.astype(added.dtype), f"{node_name(norm.node)}.bias")

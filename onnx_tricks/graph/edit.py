@@ -17,6 +17,7 @@ __all__ = [
     "fresh_name",
     "insert",
     "insert_after",
+    "lower_constants",
     "remove_dead_nodes",
     "replace_constant",
     "replace_input",
@@ -37,6 +38,29 @@ def remove_dead_nodes(model: ir.Model) -> None:
         for name, value in list(graph.initializers.items()):
             if not value.uses() and not value.is_graph_output():
                 del graph.initializers[name]
+
+
+def lower_constants(model: ir.Model) -> None:
+    """Move constants of the main graph to where they are read, if that is in one graph alone.
+
+    Operators such as BeamSearch hand whatever one of their graphs reads from outside to all of
+    them, and ONNX Runtime stops at a graph that does not read it.
+    """
+    for node in model.graph.all_nodes():
+        graphs = [
+            attribute.as_graph()
+            for attribute in node.attributes.values()
+            if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref()
+        ]
+        if node.domain == "" or len(graphs) < 2:
+            continue
+        for graph in graphs:
+            inside = set(graph.all_nodes())
+            for name, value in list(model.graph.initializers.items()):
+                bound = value.is_graph_input() or value.is_graph_output()
+                if value.uses() and not bound and inside.issuperset(value.consumers()):
+                    del model.graph.initializers[name]
+                    graph.register_initializer(value)
 
 
 def shared_vector(model: ir.Model, fill: float, width: int, dtype: ir.DataType) -> ir.Value:

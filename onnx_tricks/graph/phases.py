@@ -15,6 +15,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from onnx_tricks.errors import ModelError
 from onnx_tricks.graph.load import load_model
 from onnx_tricks.graph.save import save_model
 
@@ -151,10 +152,22 @@ def _branch(
     for name in outputs:
         if name not in found:
             # A cache that does not grow.
-            past = inputs[name.replace("present", "past_key_values")]
+            past = _past(name, inputs)
             node = ir.Node("", "Identity", [past], num_outputs=1, name=f"{label}/{name}")
             found[name] = node.outputs[0]
             found[name].name, found[name].shape, found[name].type = name, past.shape, past.type
             nodes.append(node)
         results.append(found[name])
     return ir.Graph([], results, nodes=nodes, name=label)
+
+
+def _past(name: str, inputs: dict[str | None, ir.Value]) -> ir.Value:
+    """The input that an output hands on as it is."""
+    spelled = [name.replace("present", past) for past in ("past_key_values", "past")]
+    found = next((inputs[one] for one in spelled if one in inputs), None)
+    if found is None:
+        raise ModelError(
+            f"{PROMPT} returns {name!r}, which {STEP} neither returns nor takes as "
+            f"{' or '.join(map(repr, spelled))}: export both phases of one decoder"
+        )
+    return found

@@ -30,6 +30,7 @@ _Array = np.ndarray[Any, np.dtype[Any]]
 Rows = Callable[[slice], _Array]
 _SHAPED = frozenset(("Expand", "Reshape"))
 _ROW_BY_ROW = frozenset(("Cast", "Identity"))
+_NEWEST_IR = 10  # what all runtimes read; a model may be written for a newer one than is here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ def cut_out(model: ir.Model, region: Region, cut: Cut, keys: Iterable[int], toke
         name="first_layer",
     )
     return Excerpt(
-        ir.Model(graph, ir_version=model.ir_version),
+        ir.Model(graph, ir_version=min(model.ir_version, _NEWEST_IR)),
         writer.sources,
         writer.shapes,
         {key: value.name or "" for key, value in outputs.items()},

@@ -54,7 +54,8 @@ def fused_norm(node: ir.Node) -> Norm | OpaqueNorm | None:
         epsilon=node.attributes.get_float("epsilon", 1e-5),
         fused=layout,
     )
-    if layout.maps or node.op_type.startswith("Skip"):
+    skips = node.op_type.startswith("Skip")
+    if layout.maps or (skips and layout.bias is not None):
         return norm
     # An operator and an Add behind it for the bias, or for more of it, are one norm of two nodes.
     output, added = with_bias(norm.output, norm.width, -1)
@@ -62,6 +63,8 @@ def fused_norm(node: ir.Node) -> Norm | OpaqueNorm | None:
     if added is None or producer is None:
         return norm
     whole = added if norm.bias is None else norm.bias + added
+    if skips:  # it adds up the residual stream too, so it stays
+        return dataclasses.replace(norm, output=output, bias=whole)
     return dataclasses.replace(norm, node=producer, output=output, bias=whole, fused=None)
 
 

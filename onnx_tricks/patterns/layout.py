@@ -112,11 +112,13 @@ def regroup(
         return None
     left = _merged([factor for axis in layout for factor in axis])
     result: list[Axis] = []
-    for length in lengths:
+    for place, length in enumerate(lengths, 1):
         taken = _take(left, length, fixed)
         if taken is None:
             return None
-        while left and fixed.get(str(left[0])) == 1:  # an axis of length one may stand anywhere
+        later = {symbol for one in lengths[place:] for symbol in one.symbols}
+        # An axis of length one may stand anywhere, but for one that is asked for by its name.
+        while left and fixed.get(str(left[0])) == 1 and left[0] not in later:
             taken.append(left.pop(0))
         result.append(tuple(_merged(taken)))
     return None if left else tuple(result)

@@ -265,6 +265,21 @@ def test_every_norm_operator_folds(name: str) -> None:
     assert name.split()[0] in {node.op_type for node in after.graph.node}
 
 
+@pytest.mark.parametrize("reader", ["MatMul and bias", "experts"])
+def test_a_bias_behind_an_operator_that_adds_up_the_stream_folds(reader: str) -> None:
+    norm = "n = com.microsoft.SkipSimplifiedLayerNormalization(x, x, g) z = Add(beta, n) "
+    plain = "xx = Add(x, x) n = SimplifiedLayerNormalization(xx, g) z = Add(beta, n) "
+    after = check(
+        norm + READERS[reader],
+        "float",
+        18,
+        reference_body=plain + READERS[reader],
+        bias_stays=reader == "experts",
+    )
+    # One Add each: that of the linear layer, or that of the bias which cannot move there.
+    assert [node.op_type for node in after.graph.node].count("Add") == 1
+
+
 @pytest.mark.parametrize("kind", ["float", "float16"])
 @pytest.mark.parametrize("name", OTHER)
 def test_other_norms_fold(name: str, kind: str) -> None:
@@ -768,3 +783,52 @@ def test_the_operator_tests_of_onnx_are_recognised_or_rightly_refused() -> None:
             assert found[0].kind == ("rms" if "rms" in name else "layer"), name
         else:
             assert "more than the last axis" in found[0].reason, name
+
+
+GENERATING = """{name} (int32[b, t] input_ids, int32[b, t] position_ids, int32[b, a] attention_mask,
+    float[2, b, 1, p, D] past_0) => (float[b, t, 9] logits, float[2, b, 1, a, D] present_0)
+{{
+    x{name} = Gather(table, input_ids)
+    n{name} = LayerNormalization(x{name}, g, beta)
+    h{name} = MatMul(n{name}, w{name})
+    {then}
+    logits = MatMul(r{name}, head)
+    u{name} = Unsqueeze(x{name}, axes)
+    new{name} = Expand(u{name}, twice)
+    present_0 = Concat<axis=3>(past_0, new{name})
+}}"""
+
+
+def test_graphs_by_which_one_operator_generates_share_no_constant_that_one_alone_reads() -> None:
+    # ONNX Runtime hands what any graph of GreedySearch reads from outside to all of them. One has a
+    # bias to fold into here; the other is given one, which the first does not read.
+    first = GENERATING.format(name="first", then="rfirst = Add(hfirst, cfirst)")
+    later = GENERATING.format(name="later", then="rlater = Relu(hlater)")
+    text = f"""<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]>
+        g (int32[b, t] ids, int32[1] longest, int32[1] least) => (int32[b, n] tokens) {{
+            tokens = com.microsoft.GreedySearch<eos_token_id: int = 8, pad_token_id: int = 0,
+                model_type: int = 0, init_decoder: graph = {first}, decoder: graph = {later}>
+                (ids, longest, least)
+        }}"""
+    before = onnx.parser.parse_model(text.replace("D]", f"{toys.D}]"))
+    graphs = {one.g.name: one.g for one in before.graph.node[0].attribute if one.HasField("g")}
+    rng = np.random.default_rng(1)
+    wide = (toys.D, toys.D)
+    for graph, name, shape in (
+        (before.graph, "table", (9, toys.D)),
+        (before.graph, "g", toys.D),
+        (before.graph, "beta", toys.D),
+        (before.graph, "head", (toys.D, 9)),
+        (graphs["first"], "wfirst", wide),
+        (graphs["first"], "cfirst", toys.D),
+        (graphs["later"], "wlater", wide),
+    ):
+        array = rng.standard_normal(shape).astype(np.float32)
+        graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    for name, numbers in (("axes", [0, 2]), ("twice", [2, 1, 1, 1, 1])):
+        before.graph.initializer.append(onnx.numpy_helper.from_array(np.array(numbers), name))
+    after, result = fold(before)
+    assert result.count == 2
+    inputs = {"ids": [[1, 2, 3], [4, 5, 6]], "longest": [12], "least": [10]}
+    feeds = {name: np.array(numbers, np.int32) for name, numbers in inputs.items()}
+    np.testing.assert_array_equal(toys.run(after, feeds)[0], toys.run(before, feeds)[0])

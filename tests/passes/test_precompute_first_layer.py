@@ -390,6 +390,24 @@ def test_ids_of_32_bits_are_looked_up() -> None:
     np.testing.assert_array_equal(toys.run(after, feeds)[0], toys.run(proto, feeds)[0])
 
 
+def test_ids_of_one_token_are_looked_up_behind_a_reshape_to_their_own_shape() -> None:
+    shape = "si = Shape(ids) t = Gather(si, axis1) to = Concat<axis=0>(last, t) "
+    body = shape + "f = Reshape(ids, to) " + SERIAL.replace("(table, ids)", "(table, f)")
+    proto = toy(body, inputs="ids[b,1]")
+    after, result, _ = store(proto)
+    assert len(result.applied) == 1
+    np.testing.assert_array_equal(toys.run(after, ids(proto))[0], toys.run(proto, ids(proto))[0])
+
+
+def test_a_table_is_computed_for_a_model_of_a_newer_format_than_the_runtime_reads() -> None:
+    proto = toy(SERIAL)
+    proto.ir_version = 99
+    after, result, _ = store(proto)
+    assert (len(result.applied), after.ir_version) == (1, 99)
+    after.ir_version = proto.ir_version = 10
+    np.testing.assert_array_equal(toys.run(after, ids(proto))[0], toys.run(proto, ids(proto))[0])
+
+
 def test_positions_inside_attention_are_no_reason_once_the_layer_is_stored() -> None:
     turn = "pos = Gather(position_table, places_of) k2 = Mul(k, pos) "
     turned = turn + ATTENTION.replace("(k)", "(k2)")

@@ -59,6 +59,14 @@ def test_lengths_that_the_model_fixes_stand_for_their_symbols(wanted, after) -> 
     assert regroup(X, lengths(*wanted), {B: 1, T: 8}) == after
 
 
+@pytest.mark.parametrize(
+    ("wanted", "after"),
+    [((None, T), ((B,), (T,))), ((B, 1), ((B, T), ())), ((None, 1, T), ((B,), (), (T,)))],
+)
+def test_an_axis_of_length_one_stands_where_it_is_asked_for_by_name(wanted, after) -> None:
+    assert regroup(((B,), (T,)), lengths(*wanted), {T: 1}) == after
+
+
 def test_axes_of_length_one_broadcast_and_others_have_to_be_equal() -> None:
     assert broadcast([X, ((48,),)]) == X
     assert broadcast([X, ((), (), ())]) == X
