@@ -13,8 +13,9 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from onnx_tricks.latent import ValueBasis, round_jointly
+from onnx_tricks.latent import ValueBasis
 from onnx_tricks.models import demo_path
+from onnx_tricks.rounding import round_jointly
 
 __all__ = ["PROMPT", "REFERENCE", "Arithmetic", "Llama", "forward"]
 

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from simulation import PROMPT, REFERENCE, Arithmetic, Llama, forward
 
-from onnx_tricks.latent import ValueBasis, ValueSpectrum, condition, value_spectrum
+from onnx_tricks.inverse import condition
+from onnx_tricks.latent import ValueBasis, ValueSpectrum, value_spectrum
 
 __all__ = ["main"]
 

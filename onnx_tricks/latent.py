@@ -25,19 +25,17 @@ import ml_dtypes
 import numpy as np
 import scipy.linalg
 
+from onnx_tricks.inverse import ScaledInverse
+from onnx_tricks.rounding import storage_error
+
 __all__ = [
     "UnrecoverableError",
     "ValueBasis",
     "ValueSpectrum",
-    "condition",
-    "round_jointly",
-    "storage_error",
     "value_spectrum",
 ]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
-_TINY = 1e-9
-_JITTER = 1e-6
 
 
 class UnrecoverableError(ValueError):
@@ -107,7 +105,7 @@ class ValueSpectrum:
     _b_v: Array
     _center: Array
     _moment: Array  # [D, D], of the centred inputs
-    _inverse: _ScaledInverse
+    _inverse: ScaledInverse
     _directions: Array  # [Ev, Ev], rows in the order in which the residual takes them
 
     def least_rank(self, tolerance: float, multiple: int = 1) -> int | None:
@@ -182,10 +180,10 @@ def value_spectrum(
     value_size = np.square(rows @ w_v + b_v).sum(axis=1).mean()
     rows = rows - center
 
-    inverse = _ScaledInverse.of(w_k, np.sqrt(np.square(rows @ w_k).mean(axis=0)))
+    inverse = ScaledInverse.of(w_k, np.sqrt(np.square(rows @ w_k).mean(axis=0)))
     _require_keys(w_k, inverse.rank)
     # What the keys do not see at all comes first, then what they would amplify most.
-    unseen = _row_space(inverse.unseen(w_v), scale=float(np.linalg.norm(w_v)))
+    unseen = inverse.unseen(w_v)
     others = scipy.linalg.null_space(unseen) if len(unseen) else np.eye(w_v.shape[1])
     noise = inverse.scale[:, None] * inverse.solve(w_v @ others)
     _, sizes, directions = scipy.linalg.svd(noise)
@@ -206,100 +204,6 @@ def value_spectrum(
         _inverse=inverse,
         _directions=directions,
     )
-
-
-def condition(w_k: Array) -> float:
-    """The condition number of a key projection [D, E], in the 2-norm; infinite where singular."""
-    values = scipy.linalg.svdvals(w_k)
-    return float(values[0] / values[-1]) if _rank(values, w_k.shape) == len(values) else np.inf
-
-
-def storage_error(dtype: Any) -> float:
-    """The error of rounding to a floating type, relative to the size of what is rounded.
-
-    It is the root mean square over numbers of all magnitudes: 0.42 times the unit roundoff.
-    """
-    return float(ml_dtypes.finfo(dtype).eps) / 2 / float(np.sqrt(8 * np.log(2)))
-
-
-def round_jointly(weight: Array, moment: Array, dtype: Any) -> np.ndarray[Any, Any]:
-    """Rounds a weight so that the errors of its rows cancel on the inputs it meets.
-
-    Each row makes up for what the rows before it lost (the nearest-plane method of Babai), so that
-    cached keys times a half-precision A come out as near as with A in float32.
-
-    Args:
-        weight: [C, F] float64.
-        moment: [C, C], the second moment of the inputs of the weight.
-        dtype: What to round to.
-
-    Returns:
-        [C, F] of `dtype`; infinite where a value is beyond its range.
-    """
-    jitter = _JITTER * np.trace(moment) / len(moment) * np.eye(len(moment))
-    lower = scipy.linalg.cholesky(moment + jitter, lower=True)
-    lower /= np.diagonal(lower)
-    rounded = np.zeros(weight.shape, dtype)
-    error = np.zeros_like(weight)
-    with np.errstate(over="ignore", invalid="ignore"):
-        for row in reversed(range(len(weight))):
-            wanted = weight[row] - lower[row + 1 :, row] @ error[row + 1 :]
-            rounded[row] = wanted.astype(dtype)
-            error[row] = rounded[row].astype(np.float64) - weight[row]
-    return rounded
-
-
-@dataclasses.dataclass(frozen=True)
-class _ScaledInverse:
-    """The right inverse of W_K [D, E] that amplifies rounding of the keys least.
-
-    `W_K A = M` has many solutions for E > D; the one for which `S A` is smallest is
-    `S^-1 (W_K S^-1)^+ M`. For E = D it is `W_K^-1 M`, by singular values too: those of a
-    deficient matrix can be left out.
-    """
-
-    scale: Array  # S [E]
-    left: Array  # [D, rank]
-    values: Array  # [rank]
-    right: Array  # [rank, E]
-
-    @classmethod
-    def of(cls, w_k: Array, scale: Array) -> _ScaledInverse:
-        # A channel that is never used has no size; whatever it is given has no effect.
-        scale = np.maximum(scale, _TINY * scale.max(initial=_TINY))
-        left, values, right = scipy.linalg.svd(w_k / scale, full_matrices=False)
-        rank = _rank(values, w_k.shape)
-        return cls(scale, left[:, :rank], values[:rank], right[:rank])
-
-    @property
-    def rank(self) -> int:
-        return len(self.values)
-
-    def solve(self, target: Array) -> Array:
-        """The smallest A [E, F] with `W_K A = target` [D, F], as far as there is one."""
-        solved = self.right.T @ ((self.left.T @ target) / self.values[:, None])
-        return solved / self.scale[:, None]
-
-    def unseen(self, target: Array) -> Array:
-        """What of `target` [D, F] lies outside the range of W_K."""
-        if self.rank == len(self.left):
-            return target[:0]
-        return target - self.left @ (self.left.T @ target)
-
-
-def _rank(values: Array, shape: tuple[int, ...]) -> int:
-    """How many singular values stand out of what float64 makes of zero."""
-    return int(np.count_nonzero(values > max(shape) * np.finfo(np.float64).eps * values[0]))
-
-
-def _row_space(matrix: Array, scale: float) -> Array:
-    """An orthonormal basis [rank, F] of the rows of a matrix; `scale` says what is not zero."""
-    if not len(matrix):
-        return matrix
-    _, values, right = scipy.linalg.svd(matrix, full_matrices=False)
-    kept = values > max(matrix.shape) * np.finfo(np.float64).eps * scale
-    basis: Array = right[: np.count_nonzero(kept)]
-    return basis
 
 
 def _require_keys(w_k: Array, rank: int) -> None:

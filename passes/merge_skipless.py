@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from onnx_tricks.graph.constants import is_constant
 from onnx_tricks.graph.shapes import dim, dtype_of
-from onnx_tricks.latent import condition
+from onnx_tricks.inverse import condition
 from onnx_tricks.patterns.attention import Attention, OpaqueAttention, find_attentions
 from onnx_tricks.patterns.channels import Obstacle
 from onnx_tricks.patterns.junction import Junction, find_junction

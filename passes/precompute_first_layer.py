@@ -13,7 +13,8 @@ from onnx_tricks.first_layer.write import Replacement
 from onnx_tricks.graph.names import node_name
 from onnx_tricks.patterns.cut import Cut, find_cut
 from onnx_tricks.patterns.positions import find_added_rows
-from onnx_tricks.patterns.region import Region, find_regions
+from onnx_tricks.patterns.region import Region
+from onnx_tricks.patterns.region_search import find_regions
 from onnx_tricks.rewrite import Pass, Site, Skip
 from onnx_tricks.runtime.sessions import load_runtime
 from onnx_tricks.runtime.tabulate import Bar

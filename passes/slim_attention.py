@@ -28,6 +28,7 @@ from onnx_tricks.slim.layout import (
     state_shapes,
 )
 from onnx_tricks.slim.masks import Masks
+from onnx_tricks.slim.obstacles import obstacle
 from onnx_tricks.slim.plan import LayerPlan, Mode, Options, needs_inputs, plan_layer
 from onnx_tricks.slim.positions import Angles, find_mask
 from onnx_tricks.slim.shapes import free_shapes
@@ -127,16 +128,16 @@ class SlimAttention(Pass):
         cache, encoder = (_CACHE_TYPES.get(one) for one in (self.cache_dtype, self.encoder_dtype))
         options = Options(self.mode, self.tolerance, self.rank, cache, encoder)
         layers: list[Layer] = []
+        mask = find_mask(model)
         for layer in find_layers(model):
             if isinstance(layer, Skip):
                 skips.append(layer)
             elif opset < _OLDEST_OPSET:
                 reason = f"opset {opset} is too old: export with opset 13 or newer"
-                skips.append(Skip(layer.label, reason))
+                skips.append(Skip(layer.label, obstacle(layer, mask) or reason))
             else:
                 layers.append(layer)
         inputs = self._inputs(model, [one for one in layers if needs_inputs(one, options)])
-        mask = find_mask(model)
         found = [plan_layer(layer, options, inputs.get(layer), mask) for layer in layers]
         skips += [one for one in found if isinstance(one, Skip)]
         for plan in sharing(one for one in found if isinstance(one, LayerPlan)):

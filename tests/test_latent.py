@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from onnx_tricks import latent
+from onnx_tricks.inverse import condition
 from onnx_tricks.models import demo_path
+from onnx_tricks.rounding import round_jointly
 
 HALF_TYPES = [np.float16, ml_dtypes.bfloat16]
 
@@ -143,7 +145,7 @@ def test_the_error_on_text_is_as_predicted(trained, dtype) -> None:
 @pytest.mark.parametrize("dtype", HALF_TYPES)
 def test_a_plain_inverse_is_useless_on_trained_weights(trained, dtype) -> None:
     block = trained[2]
-    assert latent.condition(block.w_k) > 1e6
+    assert condition(block.w_k) > 1e6
     assert block.error(block.spectrum().basis(0), dtype) > 1e4 * block.floor(dtype)
     assert block.error(block.spectrum().basis(8), dtype) < 10 * block.floor(dtype)
 
@@ -191,7 +193,7 @@ def test_repeated_key_heads_are_noticed() -> None:
     with pytest.raises(latent.UnrecoverableError, match="only 16 of 48: repeated") as caught:
         latent.value_spectrum(w_k, w_v)
     assert caught.value.rank == 16
-    assert latent.condition(w_k) == np.inf
+    assert condition(w_k) == np.inf
 
 
 def test_what_dead_key_channels_cannot_tell_is_in_the_residual(trained) -> None:
@@ -229,13 +231,6 @@ def test_a_centre_is_the_same_number_in_every_type() -> None:
         np.testing.assert_array_equal(center.astype(dtype).astype(np.float64), center)
 
 
-@pytest.mark.parametrize("dtype", [*HALF_TYPES, np.float32])
-def test_the_error_of_storage_is_that_of_numbers_of_any_magnitude(dtype) -> None:
-    numbers = np.exp2(np.random.default_rng(0).uniform(-2, 2, 10**5))
-    error = numbers.astype(dtype).astype(np.float64) / numbers - 1
-    assert np.sqrt(np.mean(error**2)) == pytest.approx(latent.storage_error(dtype), rel=0.02)
-
-
 @pytest.mark.parametrize("dtype", HALF_TYPES)
 def test_joint_rounding_loses_less_than_half_of_rounding_to_the_nearest(trained, dtype) -> None:
     for block in trained:
@@ -243,26 +238,10 @@ def test_joint_rounding_loses_less_than_half_of_rounding_to_the_nearest(trained,
         weight = np.concatenate([basis.key_to_value, basis.residual_to_value])
         cached = np.concatenate([block.w_k, basis.residual_weight], axis=1)
         cached = (block.inputs - basis.center) @ cached
-        joint = latent.round_jointly(weight, basis.moment, dtype)
+        joint = round_jointly(weight, basis.moment, dtype)
         assert joint.dtype == dtype
         lost, nearest = (
             np.linalg.norm(cached @ (w.astype(np.float64) - weight))
             for w in (joint, weight.astype(dtype))
         )
         assert lost < 0.5 * nearest
-
-
-def test_joint_rounding_of_independent_inputs_is_rounding_to_the_nearest() -> None:
-    weight = np.random.default_rng(0).standard_normal((8, 5))
-    found = latent.round_jointly(weight, np.diag(np.arange(1.0, 9.0)), np.float16)
-    np.testing.assert_array_equal(found, weight.astype(np.float16))
-
-
-def test_a_weight_beyond_half_precision_is_rounded_to_infinity() -> None:
-    found = latent.round_jointly(np.full((2, 2), 1e6), np.eye(2) + 0.1, np.float16)
-    assert not np.isfinite(found).any()
-
-
-def test_the_condition_number_is_that_of_the_two_norm() -> None:
-    w_k = np.random.default_rng(0).standard_normal((12, 20))
-    assert latent.condition(w_k) == pytest.approx(np.linalg.cond(w_k))

@@ -106,4 +106,4 @@ def is_crossed(like: Input) -> bool:
 def cache_shape(like: Input, work: Workload, encoder: int) -> tuple[int, ...]:
     """The shape of a cache before a run, where an encoder has so many positions."""
     length = encoder if is_crossed(like) else work.cached
-    return (work.batch, *(dim if isinstance(dim, int) else length for dim in like.dims[1:]))
+    return tuple(like.sized(work.batch, length))

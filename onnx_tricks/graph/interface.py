@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
+from onnx_tricks.graph.caches import find_caches
 from onnx_tricks.graph.constants import scalar
 from onnx_tricks.graph.open_sizes import Image, find_image, lengths
+from onnx_tricks.graph.places import places_tokens
 
-__all__ = ["Input", "Interface", "is_cache", "read_interface"]
+__all__ = ["Input", "Interface", "read_interface"]
 
 # Ops through which ids pass on their way to the table that they index; those of boxes are parts
 # and differences of them.
@@ -36,6 +39,8 @@ class Input:
         limit: Number of rows of the table that it indexes; 0 where it indexes none.
         image: What images it may take; None where it takes none, or says itself.
         markers: Numbers that it is compared with: ids that stand for an image, or end a text.
+        grows: The axis along which the graph appends to a cache; None where it does not show it.
+        buffer: Whether a cache is a buffer of fixed length that the graph writes into.
     """
 
     name: str
@@ -45,12 +50,54 @@ class Input:
     limit: int
     image: Image | None
     markers: tuple[int, ...]
+    grows: int | None = None
+    buffer: bool = False
 
     @property
     def growing(self) -> int:
         """The axis of a cache along which it grows."""
-        open_axes = [axis for axis, dim in enumerate(self.dims) if not isinstance(dim, int)]
-        return next(axis for axis in open_axes if axis)
+        if self.grows is not None:
+            return self.grows
+        return next(axis for axis in self._open() if axis != self.rows)
+
+    @property
+    def rows(self) -> int:
+        """The axis of a cache along which its sequences lie; keys and values may be stacked."""
+        named = [axis for axis, dim in enumerate(self.dims) if "batch" in str(dim)]
+        if named or self.grows is None:
+            return named[0] if named else max(len(self.dims) - 4, 0)
+        others = [axis for axis in self._open() if axis < max(self.grows, 2) and axis != self.grows]
+        return others[0] if others else max(len(self.dims) - 4, 0)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether a cache is of a declared length."""
+        return all(axis == self.rows for axis in self._open())
+
+    def places(self, valid: npt.NDArray[Any], new: int) -> npt.NDArray[Any]:
+        """The positions of new tokens, as an input of positions takes them.
+
+        Args:
+            valid: Which tokens of the context are none of padding, [B, P + T].
+            new: T, the number of new ones.
+
+        Returns:
+            [B, T]; [T] or that of the first one, for inputs without a batch.
+        """
+        if len(self.dims) == 2:
+            counted: npt.NDArray[Any] = np.maximum(np.cumsum(valid, axis=1) - 1, 0)
+            return counted[:, valid.shape[1] - new :]
+        row: npt.NDArray[Any] = np.arange(valid.shape[1] - new, valid.shape[1])
+        return row[:1].reshape(self.dims) if self.dims in ((), (1,)) else row
+
+    def _open(self) -> list[int]:
+        return [axis for axis, dim in enumerate(self.dims) if not isinstance(dim, int)]
+
+    def sized(self, batch: int, tokens: int = 0) -> list[int]:
+        """The shape of a cache that holds so many tokens for so many rows."""
+        sizes = [tokens if not isinstance(dim, int) else dim for dim in self.dims]
+        sizes[self.rows] = batch
+        return sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,22 +122,21 @@ class Interface:
 
     def empty_caches(self, batch: int) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
         """The caches before the first token, by input name."""
-        return {
-            value.name: np.zeros([batch, *(d if isinstance(d, int) else 0 for d in value.dims[1:])])
-            for value in self.role("cache")
-        }
+        return {value.name: np.zeros(value.sized(batch)) for value in self.role("cache")}
 
 
 def read_interface(model: ir.Model) -> Interface:
     """Read the interface of a model off its graph."""
-    graph = model.graph
-    outputs = {value.name for value in graph.outputs}
+    graph, caches = model.graph, find_caches(model)
     inputs = []
     presents = {}
     for value in graph.inputs:
         if value.is_initializer() or value.dtype is None or value.name is None:
             continue
-        name, role = value.name, _role(value)
+        cache = caches.get(value)
+        name, role = value.name, _role(value) if cache is None else "cache"
+        if role == "other" and caches and places_tokens(value, graph.inputs):
+            role = "positions"
         limit = _limit(value)
         if role == "ids" and not limit:
             limit = _logits_width(graph)
@@ -101,22 +147,12 @@ def read_interface(model: ir.Model) -> Interface:
             dims = (*dims[:-1], _width(value) or dims[-1])
         image = find_image(value) if role == "other" else None
         markers = tuple(dict.fromkeys(_markers(value))) if role == "ids" else ()
-        inputs.append(Input(name, value.dtype, dims, role, limit, image, markers))
-        if role == "cache":
-            spelled = [name.replace(past, "present") for past in ("past_key_values", "past")]
-            found = [present for present in spelled if present in outputs]
-            if found:
-                presents[name] = found[0]
+        grows = () if cache is None else (cache.axis, cache.buffer)
+        inputs.append(Input(name, value.dtype, dims, role, limit, image, markers, *grows))
+        if cache is not None and cache.output is not None:
+            presents[name] = cache.output.name or ""
     ops = {node.op_type for node in graph.all_nodes()}
     return Interface(tuple(inputs), presents, not ops & _NO_LEFT_PADDING, lengths(graph))
-
-
-def is_cache(value: ir.Value) -> bool:
-    """Whether a graph input holds what a model keeps of earlier tokens, by name and rank."""
-    name = (value.name or "").lower()
-    rank = 4 if value.shape is None else len(value.shape)
-    integer = value.dtype in (ir.DataType.INT64, ir.DataType.INT32)
-    return name.startswith("past_key_values.") or ("past" in name and rank > 3 and not integer)
 
 
 def _dim(dim: int | ir.SymbolicDim) -> int | str | None:
@@ -128,8 +164,6 @@ def _role(value: ir.Value) -> str:
     integer = value.dtype in (ir.DataType.INT64, ir.DataType.INT32)
     if name == "use_cache_branch":
         return "branch"
-    if is_cache(value):
-        return "cache"
     if integer and "position" in name:
         return "positions"
     if "mask" in name and len(value.shape or ()) == 2:

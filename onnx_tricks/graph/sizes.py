@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from onnx_tricks.graph.constants import stored_tensor
-from onnx_tricks.graph.interface import is_cache
+from onnx_tricks.graph.interface import read_interface
 
 __all__ = ["Sizes", "measure"]
 
@@ -69,12 +69,14 @@ def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
 
 def _cache_values(model: ir.Model) -> int | None:
     total = 0
-    for value in model.graph.inputs:
-        if not is_cache(value) or value.shape is None or len(value.shape) < 3:
+    for cache in read_interface(model).role("cache"):
+        if len(cache.dims) < 3 or cache.fixed:
             continue
         # What is left of [batch, heads, tokens, width] without the two axes that grow.
-        fixed = [length for length in value.shape[1:] if isinstance(length, int)]
-        if len(fixed) != len(value.shape) - 2:
+        grown = cache.rows, cache.growing
+        rest = [dim for axis, dim in enumerate(cache.dims) if axis not in grown]
+        known = [dim for dim in rest if isinstance(dim, int)]
+        if len(known) < len(rest):
             return None
-        total += math.prod(fixed)
+        total += math.prod(known)
     return total or None

@@ -10,8 +10,8 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from onnx_tricks.graph.caches import find_caches
 from onnx_tricks.graph.constants import stored_tensor
-from onnx_tricks.graph.interface import is_cache
 from onnx_tricks.inspect.dimensions import Attention, Dimensions
 from onnx_tricks.inspect.traffic import Amount, Cache, Traffic
 
@@ -54,7 +54,7 @@ def find_decode_step(models: dict[Path, ir.Model]) -> Path:
 
 def keeps_cache(model: ir.Model) -> bool:
     """Whether a model has a key/value cache among its inputs."""
-    return any(is_cache(value) for value in model.graph.inputs)
+    return bool(find_caches(model))
 
 
 def graph_traffic(model: ir.Model, encoder_tokens: int | None = None) -> Traffic:
@@ -93,8 +93,8 @@ def graph_dimensions(model: ir.Model) -> Dimensions | None:
     """
     keys = [
         value
-        for value in model.graph.inputs
-        if is_cache(value) and _KEY.search(value.name or "") and _kind(value) == "self"
+        for value in find_caches(model)
+        if _KEY.search(value.name or "") and _kind(value) == "self"
     ]
     tables = [
         (tensor, axis)
@@ -144,7 +144,7 @@ def item_bytes(model: ir.Model) -> tuple[int, int]:
             if tensor is not None and tensor.dtype.is_floating_point():
                 stored[tensor.dtype] = stored.get(tensor.dtype, 0) + tensor.nbytes
     weight = max(stored, key=lambda dtype: stored[dtype], default=ir.DataType.FLOAT)
-    caches = [value.dtype for value in model.graph.inputs if is_cache(value) and value.dtype]
+    caches = [value.dtype for value in find_caches(model) if value.dtype]
     return int(weight.itemsize), int(caches[0].itemsize if caches else weight.itemsize)
 
 
@@ -202,8 +202,8 @@ def _kind(value: ir.Value) -> Literal["self", "cross"]:
 
 def _caches(model: ir.Model, encoder_tokens: int | None) -> Iterator[Cache]:
     kept = {"self": Amount(), "cross": Amount()}
-    for value in model.graph.inputs:
-        if not is_cache(value) or value.dtype is None or value.shape is None:
+    for value in find_caches(model):
+        if value.dtype is None or value.shape is None:
             continue
         # [batch, heads, tokens, width]: two axes grow, the others say what a token takes.
         fixed = [length for length in value.shape[1:] if isinstance(length, int)]

@@ -9,10 +9,11 @@ import onnx_ir as ir
 
 from onnx_tricks.patterns.block import Attention, OpaqueAttention
 from onnx_tricks.patterns.fused_attention import FUSED, read_fused
-from onnx_tricks.patterns.heads import Heads, Operand, Tracer
+from onnx_tricks.patterns.heads import Heads, Operand
 from onnx_tricks.patterns.merge import find_merged
 from onnx_tricks.patterns.scores import find_scores
 from onnx_tricks.patterns.softmax import follow_weights
+from onnx_tricks.patterns.tracer import Tracer
 
 __all__ = ["Attention", "OpaqueAttention", "find_attentions"]
 

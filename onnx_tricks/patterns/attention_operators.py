@@ -10,8 +10,9 @@ import onnx_ir as ir
 
 from onnx_tricks.graph.constants import evaluate
 from onnx_tricks.patterns.arithmetic import Array
-from onnx_tricks.patterns.heads import Operand, Tracer
+from onnx_tricks.patterns.heads import Operand
 from onnx_tricks.patterns.scores import Bias, Scores
+from onnx_tricks.patterns.tracer import Tracer
 
 __all__ = [
     "Reading",

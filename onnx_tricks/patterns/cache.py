@@ -6,19 +6,16 @@ import dataclasses
 
 import onnx_ir as ir
 
+from onnx_tricks.graph.pasts import past_behind
 from onnx_tricks.patterns.axes import Axes
-from onnx_tricks.patterns.dry_run import DryRun
-from onnx_tricks.patterns.pasts import VIEWS, is_lone, past_behind
 
-__all__ = ["STACKED", "Cache", "axes_behind", "leaving"]
+__all__ = ["STACKED", "Cache", "axes_behind"]
 
 STACKED = (
     "it keeps keys and values in one tensor: export the decoder with a past of keys and one of "
     "values for each layer, as Optimum does"
 )
 """Why a cache that holds both is left alone."""
-
-_MAX_NODES = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,35 +55,3 @@ def axes_behind(view: ir.Value | None, axes: Axes) -> Axes | None:
         return None
     letters = dict(zip(past.axes, axes, strict=True))
     return tuple(letters.get(axis, "") for axis in range(past.rank))
-
-
-def leaving(run: DryRun, value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
-    """A view of a value by which it leaves its graph, and the output of the main graph it is."""
-    pending = [value]
-    for _ in range(_MAX_NODES):
-        if not pending:
-            return None
-        value = pending.pop(0)
-        if value.is_graph_output():
-            outer = _outer(run, value)
-            if outer is not None:
-                return value, outer
-        pending += [
-            reader.outputs[0]
-            for reader in value.consumers()
-            if reader.domain == ""
-            and (reader.op_type in VIEWS or is_lone(reader))
-            and reader.inputs[0] is value
-        ]
-    return None
-
-
-def _outer(run: DryRun, value: ir.Value) -> ir.Value | None:
-    """The output of the main graph that an output of any graph becomes, or is a view of."""
-    graph = value.graph
-    if graph not in run.parents:
-        return value
-    assert isinstance(graph, ir.Graph)
-    place = next(i for i, output in enumerate(graph.outputs) if output is value)
-    found = leaving(run, run.parents[graph].outputs[place])
-    return None if found is None else found[1]

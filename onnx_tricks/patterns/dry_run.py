@@ -15,9 +15,10 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_tricks.graph.constants import stored_tensor
+from onnx_tricks.graph.pasts import find_pasts
+from onnx_tricks.graph.places import places_tokens
 from onnx_tricks.graph.shapes import rank_of, shape_of
 from onnx_tricks.patterns.arithmetic import OPERATORS, Array, as_known
-from onnx_tricks.patterns.pasts import find_pasts
 from onnx_tricks.patterns.sizing import output_shapes
 
 __all__ = ["BATCH", "LENGTH", "DryRun", "Unknown"]
@@ -65,7 +66,7 @@ class DryRun:
         self.parents: dict[ir.Graph, ir.Node] = {}
         self._shapes: dict[ir.Value, tuple[int, ...]] = {}
         self._arrays: dict[ir.Value, Array] = {}
-        self._pasts = find_pasts(model)
+        self._pasts = {past: growth.axis for past, growth in find_pasts(model).items()}
         self._sizes = _sizes(model, self._pasts)
         self._rows: dict[str, int] = {}
         self._whole(model.graph)
@@ -78,6 +79,9 @@ class DryRun:
     def _whole(self, graph: ir.Graph) -> None:
         for value in graph.inputs:
             self._declared(value)
+            if self.shape(value) in ((), (1,)) and places_tokens(value, graph.inputs):
+                # Behind an empty past tokens begin at 0.
+                self._arrays[value] = np.zeros(self._shapes[value], dtype=np.int64)
         self._run(graph)
 
     def shape(self, value: ir.Value) -> tuple[int, ...] | None:
@@ -232,7 +236,7 @@ class DryRun:
         self, source: ir.Value | None, shape: tuple[int, ...], target: Array | None
     ) -> None:
         """Note how many rows an input is to have where each of the batch stands for several."""
-        if source is None or not source.is_graph_input() or source.shape is None or target is None:
+        if source is None or not source.is_graph_input() or not source.shape or target is None:
             return
         rows, rest = source.shape[0], int(np.prod(target[target != -1]))
         if isinstance(rows, ir.SymbolicDim) and rows.value and rest > 0 and np.prod(shape) % rest:
@@ -275,7 +279,7 @@ class DryRun:
             return self._sizes[length.value]
         if not value.is_graph_input():
             return None
-        return BATCH if axis == 0 else LENGTH
+        return BATCH if axis == _batch_axis(value, self._pasts) else LENGTH
 
 
 def _sizes(model: ir.Model, pasts: Mapping[ir.Value, int]) -> dict[str, int]:
@@ -287,14 +291,32 @@ def _sizes(model: ir.Model, pasts: Mapping[ir.Value, int]) -> dict[str, int]:
         if isinstance(length, ir.SymbolicDim) and length.value is not None
     ]
     grown = {name for value, axis, name in named if pasts.get(value) == axis}
-    rows = {name for value, axis, name in named if axis == 0 and len(value.shape or ()) > 1}
-    flat = {name for value, axis, name in named if axis and len(value.shape or ()) == 2}
-    rest = {name for value, axis, name in named if axis and pasts.get(value) != axis}
+    leading = {(value, axis) for value, axis, _ in named if axis == _batch_axis(value, pasts)}
+    rows = {name for value, axis, name in named if (value, axis) in leading and _rank(value) > 1}
+    flat = {name for value, axis, name in named if axis and _rank(value) == 2}
+    others = [one for one in named if one[:2] not in leading]
+    rest = {name for value, axis, name in others if pasts.get(value) != axis}
+    first = {value: name for value, axis, name in named if (value, axis) in leading}
+    # What comes behind a batch of another name is none, as the tokens of a mask [T, S] are not.
+    behind = {name for value, _, name in others if first.get(value, name) not in (name, *rest)}
+    rows -= behind
     sizes = dict.fromkeys(grown - flat - rows, 0)
-    for _, axis, name in named:
+    for value, axis, name in named:
         if name not in rows & rest and name not in rows & grown:
-            sizes.setdefault(name, BATCH if axis == 0 else LENGTH)
+            batch = (value, axis) in leading and name not in behind
+            sizes.setdefault(name, BATCH if batch else LENGTH)
     return sizes
+
+
+def _batch_axis(value: ir.Value, pasts: Mapping[ir.Value, int]) -> int:
+    """The first axis, or that behind tokens, or behind keys and values that one cache stacks."""
+    shape = value.shape
+    stacked = shape is not None and len(shape) > 4 and shape[0] == 2
+    return int(stacked or pasts.get(value) == 0)
+
+
+def _rank(value: ir.Value) -> int:
+    return len(value.shape or ())
 
 
 def _several(results: Array | tuple[Array, ...]) -> tuple[Array, ...]:

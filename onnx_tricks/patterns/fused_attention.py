@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from onnx_tricks.graph.constants import evaluate, is_constant
 from onnx_tricks.graph.names import described
+from onnx_tricks.graph.pasts import input_behind, leaving
 from onnx_tricks.patterns.arithmetic import Array
 from onnx_tricks.patterns.attention_operators import (
     Reading,
@@ -21,15 +22,15 @@ from onnx_tricks.patterns.attention_operators import (
     straight,
 )
 from onnx_tricks.patterns.block import Attention, OpaqueAttention
-from onnx_tricks.patterns.cache import STACKED, Cache, axes_behind, leaving
-from onnx_tricks.patterns.heads import Heads, Operand, Tracer
+from onnx_tricks.patterns.cache import STACKED, Cache, axes_behind
+from onnx_tricks.patterns.heads import Heads, Operand
 from onnx_tricks.patterns.linear import Linear, find_linear
 from onnx_tricks.patterns.merge import find_merged
-from onnx_tricks.patterns.pasts import input_behind
 from onnx_tricks.patterns.projection import Projection
 from onnx_tricks.patterns.quantised import QUANTISED
 from onnx_tricks.patterns.rotary import Rotary
 from onnx_tricks.patterns.scores import Bias, Scores
+from onnx_tricks.patterns.tracer import Tracer
 
 __all__ = ["FUSED", "read_fused"]
 
@@ -148,7 +149,7 @@ def _with_cache(
     source = input_behind(before)
     if heads.cache is not None or after is None or (before is not None and source is None):
         return "it appends to a past that is no input of the graph"
-    found = leaving(tracer.run, after)
+    found = leaving(after, tracer.run.parents)
     leaves, axes = found[1] if found else None, axes_behind(before, _CACHE_AXES)
     cache = Cache(source, heads.operand, after, leaves, node, _CACHE_AXES, axes)
     return dataclasses.replace(heads, state=after, state_axes=_CACHE_AXES, cache=cache, inside=True)
@@ -169,7 +170,7 @@ def _with_half(tracer: Tracer, node: ir.Node, heads: Heads, half: int) -> Heads 
     found = next((one.outputs[0] for one in taken if _takes(one, half)), None)
     if found is None:
         return heads if past is None and not taken else STACKED
-    left = leaving(tracer.run, found)
+    left = leaving(found, tracer.run.parents)
     new = heads.operand
     cache = Cache(source, new, found, left[1] if left else None, node, _CACHE_AXES, axes)
     return dataclasses.replace(heads, state=found, state_axes=_CACHE_AXES, cache=cache)

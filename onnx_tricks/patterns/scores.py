@@ -17,7 +17,7 @@ from onnx_tricks.patterns.dry_run import DryRun
 
 __all__ = ["Bias", "Mask", "Scores", "find_scores"]
 
-_VIEWS = frozenset("Reshape Squeeze Unsqueeze".split())
+_VIEWS = frozenset("Flatten Reshape Squeeze Unsqueeze".split())
 _SAME = frozenset("Cast Dropout Identity".split())
 _MAX_NODES = 30
 

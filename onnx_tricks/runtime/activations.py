@@ -50,8 +50,7 @@ def _feed(one: Input, random: np.random.Generator) -> _Array | None:
     if one.role == "mask":
         return np.ones((_BATCH, _TOKENS), np.int64)
     if one.role == "positions":
-        places = np.arange(_TOKENS)
-        return np.tile(places, (_BATCH, 1)) if len(one.dims) == 2 else places
+        return one.places(np.ones((_BATCH, _TOKENS), bool), _TOKENS)
     if one.role == "cache":
-        return np.zeros([_BATCH, *(n if isinstance(n, int) else 0 for n in one.dims[1:])])
+        return np.zeros(one.sized(_BATCH))
     return None

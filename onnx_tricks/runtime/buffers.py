@@ -49,9 +49,8 @@ class Buffers:
         for name, like in self.inputs.items():
             cache = caches.get(name)
             if cache is None or not length:
-                shape = [batch, *(d if isinstance(d, int) else room for d in like.dims[1:])]
                 cache = load_runtime().OrtValue.ortvalue_from_shape_and_type(
-                    shape, int(like.dtype), *self._device
+                    like.sized(batch, room), int(like.dtype), *self._device
                 )
             elif cache.shape()[like.growing] < needed:
                 cache = self._copy(cache, like.growing, length, room)

@@ -224,21 +224,18 @@ class Decoder:
         if like.role == "mask" and like.name != _ENCODER_MASK:
             return self._value(mask, like)
         if like.role == "positions":
-            positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-            in_row = np.arange(mask.shape[1]) if len(like.dims) == 1 else positions
-            return self._value(in_row[..., -ids.shape[1] :], like)
+            return self._value(like.places(mask, ids.shape[1]), like)
         if like.role == "branch":
             return self._value(np.array([self.length > 0]), like)
         if like.role == "cache":
-            shape = [len(ids), *(d if isinstance(d, int) else 0 for d in like.dims[1:])]
             return self._runtime.OrtValue.ortvalue_from_shape_and_type(
-                shape, int(like.dtype), *self._device
+                like.sized(len(ids)), int(like.dtype), *self._device
             )
         raise UsageError(f"the model needs a value for its input {like.name}")
 
     def _value(self, array: Array, like: Input) -> Any:
         """An array as the runtime holds it, in the type of an input."""
-        typed = np.ascontiguousarray(array, dtype=like.dtype.numpy())
+        typed = np.asarray(array, dtype=like.dtype.numpy(), order="C")  # which keeps a number one
         if like.dtype != ir.DataType.BFLOAT16:
             return self._runtime.OrtValue.ortvalue_from_numpy(typed, *self._device)
         # The runtime reads the array's own memory, so that must live as long.

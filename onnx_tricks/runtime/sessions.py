@@ -182,7 +182,7 @@ class Session:
     def _run_bound(self, feeds: Mapping[str, Array]) -> list[Array]:
         """Run with bfloat16 among inputs or outputs, which the runtime knows no NumPy type for."""
         runtime = load_runtime()
-        held = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        held = {name: np.asarray(array, order="C") for name, array in feeds.items()}
         values = {
             name: runtime.OrtValue.ortvalue_from_numpy_with_onnx_type(
                 array.view(np.uint16), ir.DataType.BFLOAT16.value

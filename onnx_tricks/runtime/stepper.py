@@ -108,13 +108,9 @@ class Stepper:
         names = [state.name for state in self._states]
         if past is not None:
             return dict(zip(names, itertools.chain(*past), strict=True))
-        shapes = [
-            [len(ids), *(d if isinstance(d, int) else 0 for d in state.dims[1:])]
-            for state in self._states
-        ]
         return {
-            state.name: torch.empty(shape, dtype=_dtype(state), device=device)
-            for state, shape in zip(self._states, shapes, strict=True)
+            state.name: torch.empty(state.sized(len(ids)), dtype=_dtype(state), device=device)
+            for state in self._states
         }
 
     def _by_layer(self, tensors: Mapping[str, torch.Tensor]) -> States:
@@ -143,11 +139,8 @@ class Stepper:
             return torch.ones(len(ids), length, device=ids.device)
         if like.role == "positions":
             mask = given.get("attention_mask")
-            if len(like.dims) == 1:
-                return torch.arange(seen, total, device=ids.device)
-            if mask is None:
-                mask = torch.ones(len(ids), total, device=ids.device)
-            return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, seen:]
+            valid = torch.ones(len(ids), total) if mask is None else mask.cpu()
+            return torch.from_numpy(like.places(valid.numpy(), ids.shape[1])).to(ids.device)
         raise UsageError(f"the model needs a value for its input {like.name}")
 
 

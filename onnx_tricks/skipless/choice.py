@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnx_tricks.latent import storage_error
 from onnx_tricks.patterns.attention import Attention
 from onnx_tricks.patterns.interior import leads_only_to
 from onnx_tricks.patterns.junction import Junction
 from onnx_tricks.patterns.linear import Linear
 from onnx_tricks.patterns.maker import Made
 from onnx_tricks.patterns.projection import Projection, bias_of, matrix_of
+from onnx_tricks.rounding import storage_error
 from onnx_tricks.skipless.basis import Basis
 
 __all__ = ["Choice", "Layer", "find_choices", "judge", "layout_of"]

@@ -61,8 +61,7 @@ def _write(
         feeds: dict[str, Array] = {**caches, ids.name: tokens}
         feeds |= {v.name: np.ones((_BATCH, step + 1)) for v in interface.role("mask")}
         for value in interface.role("positions"):
-            shape = (_BATCH, 1) if len(value.dims) == 2 else (1,)
-            feeds[value.name] = np.full(shape, step)
+            feeds[value.name] = value.places(np.ones((_BATCH, step + 1), bool), 1)
         results = session.run(feeds)
         caches = {past: results[present] for past, present in interface.presents.items()}
         for kept, name in zip(rows, names, strict=True):

@@ -9,20 +9,24 @@ import onnx_ir as ir
 __all__ = ["computed_from", "is_computed_from", "sources_of"]
 
 
-def computed_from(sources: Iterable[ir.Value], *, shapes: bool = False) -> set[ir.Value]:
+def computed_from(
+    sources: Iterable[ir.Value], *, shapes: bool = False, ends: Iterable[ir.Value] = ()
+) -> set[ir.Value]:
     """The values that cannot be computed without some others, those included.
 
     Args:
         sources: The others.
         shapes: Whether to count what needs no more than their shapes, too.
+        ends: Values behind which nothing is looked for.
     """
-    found = set(sources)
-    pending = list(found)
+    found, last = set(sources), set(ends)
+    pending = list(found - last)
     while pending:
         for node in pending.pop().consumers():
             if shapes or node.op_type != "Shape":
-                pending += [output for output in node.outputs if output not in found]
-                found.update(node.outputs)
+                new = {output for output in node.outputs if output not in found}
+                pending += new - last
+                found |= new
     return found
 
 

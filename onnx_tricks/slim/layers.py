@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from onnx_tricks.graph.interface import is_cache, read_interface
+from onnx_tricks.graph.caches import find_caches
+from onnx_tricks.graph.interface import read_interface
 from onnx_tricks.graph.names import node_name
 from onnx_tricks.patterns.attention import Attention, OpaqueAttention, find_attentions
 from onnx_tricks.patterns.axes import Axes
@@ -28,6 +30,8 @@ class Layer:
         past_value: Likewise for values.
         present_key: The output by which keys leave; None where none do.
         present_value: Likewise for values.
+        number: By which its states are named: that in the names of its caches, as Optimum gives
+            them, or else its place among the layers.
     """
 
     views: tuple[Attention, ...]
@@ -35,6 +39,7 @@ class Layer:
     past_value: ir.Value | None
     present_key: ir.Value | None
     present_value: ir.Value | None
+    number: int
 
     @property
     def view(self) -> Attention:
@@ -60,32 +65,47 @@ def find_layers(model: ir.Model) -> Iterator[Layer | Skip]:
     Args:
         model: A model whose shapes and types have been inferred.
     """
-    inputs = {value.name: value for value in model.graph.inputs}
-    outputs = {value.name: value for value in model.graph.outputs}
-    if not any(map(is_cache, inputs.values())) and not any("present" in str(n) for n in outputs):
-        yield from _without_cache(model)
+    wrapper = next((node for node in model.graph if node.domain and _holds_graph(node)), None)
+    if wrapper is not None:
+        reason = f"{wrapper.op_type} decides on the caches of the decoder in it"
+        yield Skip(node_name(wrapper), f"{reason}: slim the decoder by itself")
         return
+    names = _Names(model)
     views: dict[str, list[Attention]] = {}
+    opaque = []
     for view in find_attentions(model):
         if isinstance(view, OpaqueAttention):
-            yield Skip(view.node.name or view.node.op_type, view.reason)
-        elif (name := _cache_name(view.keys)) is not None:
+            opaque.append(Skip(view.node.name or view.node.op_type, view.reason))
+        elif (name := names.of(view.keys)) is not None:
             views.setdefault(name, []).append(view)
+    keeps = bool(names.pasts) or any("present" in str(one.name) for one in model.graph.outputs)
+    if not views and not keeps:
+        yield from _without_cache(model)
+        return
+    yield from opaque
+    inputs = {value.name: value for value in model.graph.inputs}
+    outputs = {value.name: value for value in model.graph.outputs}
     branching = next((node for node in model.graph if node.op_type == "If"), None)
     phases = 1 if branching is None else len(branching.attributes)
-    for name, found in views.items():
+    for place, (name, found) in enumerate(views.items()):
         if len(found) < phases and any(view.node.graph is not model.graph for view in found):
             reason = "one phase of the decoder computes it in a way that is not understood"
             yield Skip(found[0].node.name or name, reason)
             continue
-        value_name = next((n for v in found if (n := _cache_name(v.values))), None)
+        value_name = next((n for v in found if (n := names.of(v.values))), None)
+        told = re.match(r"(?:present|past_key_values)\.(\d+)\.", name)
         yield Layer(
             tuple(found),
-            _entering(found, "keys", inputs.get(_past_name(name))),
-            _entering(found, "values", inputs.get(_past_name(value_name or ""))),
+            _entering(found, "keys", inputs.get(names.past_of(name))),
+            _entering(found, "values", inputs.get(names.past_of(value_name or ""))),
             outputs.get(name),
             outputs.get(value_name),
+            place if told is None else int(told.group(1)),
         )
+
+
+def _holds_graph(node: ir.Node) -> bool:
+    return any(one.type == ir.AttributeType.GRAPH for one in node.attributes.values())
 
 
 def _without_cache(model: ir.Model) -> Iterator[Skip]:
@@ -98,18 +118,34 @@ def _without_cache(model: ir.Model) -> Iterator[Skip]:
         yield Skip(node_name(attention.node), f"{reason} (Optimum's tasks end in -with-past)")
 
 
-def _cache_name(heads: Heads) -> str | None:
-    """The name of the output by which heads leave, or would if they were not there already."""
-    if heads.cache is not None and heads.cache.output is not None:
-        return heads.cache.output.name
-    past = heads.input if heads.cache is None else heads.cache.past
-    if past is None or not past.is_graph_input() or past.name is None:
-        return None
-    return past.name.replace("past_key_values", "present")
+class _Names:
+    """The names of caches: of the outputs by which they leave, and the inputs that these continue.
 
+    Attributes:
+        pasts: The caches among the inputs, by the name of the output that continues them.
+    """
 
-def _past_name(present: str) -> str:
-    return present.replace("present", "past_key_values")
+    def __init__(self, model: ir.Model) -> None:
+        self.pasts: dict[str, str] = {}
+        self._presents: dict[ir.Value, str] = {}
+        for value, cache in find_caches(model).items():
+            name = value.name or ""
+            present = name.replace("past_key_values", "present")
+            self._presents[value] = present if cache.output is None else cache.output.name or ""
+            self.pasts[self._presents[value]] = name
+
+    def of(self, heads: Heads) -> str | None:
+        """The name of the output by which heads leave, or would if they were not there already."""
+        if heads.cache is not None and heads.cache.output is not None:
+            return heads.cache.output.name
+        past = heads.input if heads.cache is None else heads.cache.past
+        if past is None or not past.is_graph_input() or past.name is None:
+            return None
+        return self._presents.get(past, past.name)
+
+    def past_of(self, present: str) -> str:
+        """The name of the input that an output continues."""
+        return self.pasts.get(present, present.replace("present", "past_key_values"))
 
 
 def _entering(views: list[Attention], kind: str, named: ir.Value | None) -> ir.Value | None:

@@ -63,12 +63,6 @@ def _is_told(dim: int | ir.SymbolicDim) -> bool:
     return isinstance(dim, int) or dim.value is not None
 
 
-def _name(past_key: ir.Value, slot: str) -> str:
-    """The name of the input by which a state enters."""
-    name = past_key.name or ""
-    return name if slot == "key" else state_names(name, slot)[0]
-
-
 def add_states(model: ir.Model, plan: LayerPlan) -> dict[str, ir.Value]:
     """Declare the inputs by which the states of a layer enter, by the operator's names."""
     layer, found = plan.layer, {}
@@ -78,10 +72,11 @@ def add_states(model: ir.Model, plan: LayerPlan) -> dict[str, ir.Value]:
     inputs = model.graph.inputs
     place, rows = inputs.index(old), _rows(plan, old, "past_sequence_length")
     for slot, (name, width) in slots(plan).items():
+        entering = state_names(layer.number, slot)[0]
         if slot == "key" and layer.past_axes == _KEY_AXES:
-            value = old
+            value, value.name = old, entering
         else:
-            value = ir.Value(name=_name(old, slot))
+            value = ir.Value(name=entering)
             place += 1
             inputs.insert(place, value)
         value.shape = _shape(plan, slot, rows, width)
@@ -108,6 +103,7 @@ def gone_shapes(plan: LayerPlan, past: dict[str, ir.Value]) -> dict[ir.Value, li
             "h": heads.heads,
             "s": [(state, axis)],
             "k": heads.head_width,
+            "hk": heads.heads * heads.head_width,
         }
         axes = heads.state_axes if heads.cache is None else heads.cache.past_axes or ()
         found[old] = [lengths[one] for one in axes]
@@ -128,15 +124,9 @@ def leaving_states(
     old, states = layer.present_key, []
     rows = _rows(plan, old, "total_sequence_length")
     for slot, (name, width) in slots(plan).items():
-        present = old.name if slot == "key" else state_names(old.name or "", slot)[1]
-        states.append(
-            State(
-                present or "",
-                plan.cache,
-                _shape(plan, slot, rows, width),
-                leaving[f"present_{name}"],
-            )
-        )
+        shape = _shape(plan, slot, rows, width)
+        leaves = state_names(layer.number, slot)[1]
+        states.append(State(leaves, plan.cache, shape, leaving[f"present_{name}"]))
     return {old.name or "": states, layer.present_value.name or "": []}
 
 
@@ -154,10 +144,8 @@ def state_shapes(model: ir.Model, plans: Sequence[LayerPlan]) -> dict[ir.Value, 
     found: dict[ir.Value, list[Length]] = {}
     inputs = {value.name: value for value in model.graph.inputs}
     for plan in plans:
-        key = plan.layer.past_key
         for slot, (_, width) in slots(plan).items():
-            assert key is not None
-            value = inputs[_name(key, slot)]
+            value = inputs[state_names(plan.layer.number, slot)[0]]
             heads = [plan.layer.view.keys.heads] if slot == "key" else []
             found[value] = [batch, *heads, past, width]
     return found

@@ -11,10 +11,12 @@ import onnx_ir as ir
 
 from onnx_tricks.graph.shapes import dtype_of
 from onnx_tricks.graph.spill import spill
-from onnx_tricks.latent import UnrecoverableError, condition, round_jointly, value_spectrum
+from onnx_tricks.inverse import condition
+from onnx_tricks.latent import UnrecoverableError, value_spectrum
 from onnx_tricks.patterns.attention import Attention
 from onnx_tricks.patterns.head_norm import HeadNorm
 from onnx_tricks.rewrite import Skip
+from onnx_tricks.rounding import round_jointly
 from onnx_tricks.slim.encoder import find_encoded
 from onnx_tricks.slim.layers import Layer
 from onnx_tricks.slim.obstacles import changes_keys, obstacle, too_narrow

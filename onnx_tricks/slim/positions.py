@@ -23,6 +23,7 @@ from onnx_tricks.slim.states import builder_before
 __all__ = ["Angles", "all_positions", "find_mask"]
 
 _END = 2**62
+_INTEGERS = (ir.DataType.INT32, ir.DataType.INT64)
 _STATE = ("past_key_values.positions", "present.positions")
 
 
@@ -84,7 +85,7 @@ class Angles:
         """
         rotary = view.keys.rotary
         assert rotary is not None
-        roots = _root(rotary.cos), _root(rotary.sin)
+        roots = rotary.rows or (_root(rotary.cos), _root(rotary.sin))
         key = (*roots, view.node.graph)
         if key not in self._made:
             positions = self._positions(build, view, past)
@@ -99,6 +100,9 @@ class Angles:
         rotary, mask = view.keys.rotary, find_mask(self._model)
         assert rotary is not None
         given = rotary.positions
+        if rotary.rows is not None:
+            total = self._length(build, _root(rotary.cos), 0, past)
+            return all_positions(build, None, total)
         if given is None:
             # The operator counts by itself: along the mask, or all tokens.
             total = self._length(build, view.query.operand, 1, past)
@@ -106,7 +110,7 @@ class Angles:
         counted = _follows(given, mask)
         if counted and self._keep:
             return build.Cast(self._remembered(build, given), to=dtype_of(given))
-        if mask is None:
+        if mask is None or rank_of(given) == 1:  # without a batch, and so without padding
             counted = False
         length = None
         if not counted:
@@ -207,6 +211,6 @@ def _root(value: ir.Value) -> ir.Value:
 def _follows(positions: ir.Value, mask: ir.Value | None) -> bool:
     """Whether positions are the caller's, or counted along the mask; else they are a range."""
     return any(
-        value is mask or (value.is_graph_input() and "position" in (value.name or ""))
+        value is mask or (value.is_graph_input() and value.dtype in _INTEGERS)
         for value in sources_of(positions)
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
@@ -32,16 +31,14 @@ class State:
     values: Mapping[ir.Graph, ir.Value]
 
 
-def state_names(past_key: str, slot: str) -> tuple[str, str]:
-    """The names of a state of the layer that a key cache belongs to: input and output.
+def state_names(layer: int, slot: str) -> tuple[str, str]:
+    """The names of a state, whatever its cache was called: of the input and of the output.
 
     Args:
-        past_key: Name of the key cache that the exporter gave the layer.
+        layer: The layer's number.
         slot: "key", "residual" or "hidden".
     """
-    layer = re.search(r"\d+", past_key)
-    stem = layer.group() if layer else past_key
-    return f"past_key_values.{stem}.{slot}", f"present.{stem}.{slot}"
+    return f"past_key_values.{layer}.{slot}", f"present.{layer}.{slot}"
 
 
 def builder_before(model: ir.Model, node: ir.Node, stem: str) -> Builder:

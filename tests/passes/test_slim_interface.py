@@ -21,6 +21,7 @@ from tests.slim.interface import (
     fixed,
     four_bits,
     named_alike,
+    renamed,
     transposed,
     without_names,
 )
@@ -52,6 +53,55 @@ def _inputs(path: Path) -> dict[str | None, ir.Value]:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the operators by their functions, and by the native library."""
     use(request.param, monkeypatch)
+
+
+NAMES = {
+    "k_cache": ("{1}_cache_{0}", "{1}_cache_{0}_out"),
+    "past_key_0": ("past_{1}_{0}", "present_{1}_{0}"),
+    "numbers": ("onnx::Concat_1{0}{1}", "2{0}{1}"),
+    "inputs alone": ("past_key_values.{0}.{1}", "cat_{1}_{0}"),
+}
+
+
+@pytest.mark.parametrize(
+    ("exporter", "spelled"),
+    [
+        ("optimum", "k_cache"),
+        ("optimum", "numbers"),
+        ("dynamo23-cache", "past_key_0"),
+        ("dynamo23-cache", "inputs alone"),
+    ],
+)
+def test_caches_of_any_name_become_states_of_the_usual_names(
+    exporter: str, spelled: str, export: Export, tmp_path: Path
+) -> None:
+    odd = renamed(export("gpt_neox", exporter) / "model.onnx", *NAMES[spelled])
+    source = _saved(odd, tmp_path / "odd.onnx")
+    _slim(source, tmp_path / "slim.onnx")
+    model = load_model(tmp_path / "slim.onnx").model
+    for layer in ("0", "1"):
+        assert f"past_key_values.{layer}.key" in {one.name for one in model.graph.inputs}
+        assert f"present.{layer}.key" in {one.name for one in model.graph.outputs}
+    assert len({one.name for one in model.graph.inputs}) == len(model.graph.inputs)
+
+
+@pytest.mark.parametrize("names", [("past_{1}_{0}", "present_{1}_{0}"), ("kv_{0}_{1}", "{1}_{0}")])
+def test_a_decoder_whose_caller_makes_the_keys_of_an_encoder_is_slimmed_beside_them(
+    names: tuple[str, str], export: Export, tmp_path: Path
+) -> None:
+    step = export("bart") / "decoder_with_past_model.onnx"
+    source = _saved(renamed(step, *names), tmp_path / "odd.onnx")
+    done = optimize(source, tmp_path / "slim.onnx", passes=[SlimAttention()])
+    assert done.report.verification.status == "passed"
+    assert (done.report.passes[0].applied, len(done.report.passes[0].skipped)) == (2, 2)
+
+
+def test_one_phase_of_a_decoder_is_slimmed_beside_the_other(export: Export, tmp_path: Path) -> None:
+    """The file for prompts would fill caches that the result no longer has."""
+    step = export("bart") / "decoder_with_past_model.onnx"
+    done = optimize(step, tmp_path / "slim.onnx", passes=[SlimAttention()])
+    assert done.report.verification.status == "passed"
+    assert done.report.passes[0].applied == 2
 
 
 @pytest.mark.usefixtures("way")

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
-from onnx_tricks.graph.shapes import dtype_of
+from onnx_tricks.graph.shapes import dtype_of, rank_of
 from onnx_tricks.patterns.attention import Attention
 from onnx_tricks.patterns.head_norm import HeadNorm
 from onnx_tricks.patterns.heads import Heads
@@ -247,7 +247,8 @@ def scores_again(attention: Attention, product: np.ndarray, values: Values) -> n
         found = scores.softcap * np.tanh(found / scores.softcap)
     for term in scores.terms:
         shape = found.shape
-        flat = found.reshape(-1, *shape[2:]) if term.view is not None else found
+        folded = term.view is not None and rank_of(term.view.inputs[0]) == 3
+        flat = found.reshape(-1, *shape[2:]) if folded else found
         if isinstance(term, Bias):
             value = values[term.value]
             if value.dtype == bool:  # of a fused operator: what may be seen

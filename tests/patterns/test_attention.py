@@ -249,6 +249,22 @@ def test_every_spelling_of_the_scores_is_computed_again(spelling: str) -> None:
     hold(toy(PROJECT + ARRANGE + SPELLINGS[spelling] + WEIGH + MERGE), 1)
 
 
+def test_the_axis_of_a_softmax_may_be_counted_from_the_front() -> None:
+    # A bias that the dry run knows nothing of: where the last axis lies, shape inference tells.
+    bias = "b0 = LpNormalization(alibi) s0 = MatMul(q, k) s = Add(s0, b0) "
+    weigh = WEIGH.replace("axis=-1", "axis=3")
+    hold(toy(PROJECT + ARRANGE + bias + weigh + MERGE), 1)
+
+
+def test_a_softmax_over_rows_one_behind_the_other_is_computed_again() -> None:
+    # As onnx.version_converter writes the softmax of opsets before 13.
+    weigh = (
+        "s0 = MatMul(q, k) s1 = Add(s0, alibi) s2 = Shape(s1) s = Flatten<axis=3>(s1) "
+        "a0 = Softmax<axis=-1>(s) a = Reshape(a0, s2) ctx = MatMul(a, v) "
+    )
+    hold(toy(PROJECT + ARRANGE + weigh + MERGE), 1)
+
+
 def test_a_softcap_is_told_apart_from_the_scale() -> None:
     (block,) = hold(
         toy(PROJECT + ARRANGE + SPELLINGS["capped with a scale in front"] + WEIGH + MERGE), 1

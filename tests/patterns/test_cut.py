@@ -8,7 +8,8 @@ import pytest
 
 from onnx_tricks.graph.shapes import annotate
 from onnx_tricks.patterns.cut import Cut, find_cut
-from onnx_tricks.patterns.region import Region, find_regions
+from onnx_tricks.patterns.region import Region
+from onnx_tricks.patterns.region_search import find_regions
 from tests import toys
 
 D, V = toys.D, toys.V

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from onnx_tricks.patterns.dry_run import DryRun
+from onnx_tricks.patterns.dry_run import BATCH, DryRun
 
 
 def _shapes(*groups: int) -> list[tuple[int, ...] | None]:
@@ -30,3 +30,17 @@ def test_an_input_has_as_many_rows_as_its_groups_take() -> None:
 def test_rows_that_no_number_fits_leave_the_rest_of_the_model_known() -> None:
     *_, whole = _shapes(4, 3)
     assert whole is not None
+
+
+def test_the_rows_of_a_cache_that_stacks_keys_and_values_are_those_of_the_batch() -> None:
+    model = ir.from_onnx_text(
+        """
+        <ir_version: 8, opset_import: ["": 17]>
+        g (int64[b, s] ids, float[2, b, 4, past, 12] cache) => (float y) { y = ReduceMax(cache) }
+        """
+    )
+    run = DryRun(model)
+    ids, cache = (run.shape(value) for value in model.graph.inputs)
+    assert ids is not None
+    assert cache is not None
+    assert (ids[0], cache[1]) == (BATCH, BATCH)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from onnx_tricks.graph.shapes import annotate
-from onnx_tricks.patterns.region import find_regions
+from onnx_tricks.patterns.region_search import find_regions
 from onnx_tricks.patterns.states import Row
 from tests import toys
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import onnx_ir as ir
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from onnx_tricks.graph.interface import is_cache
+from onnx_tricks.graph.caches import find_caches
 from onnx_tricks.graph.load import load_model
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "fixed",
     "four_bits",
     "named_alike",
+    "renamed",
     "transposed",
     "without_names",
 ]
@@ -61,7 +63,7 @@ def transposed(source: Path, dtype: ir.DataType) -> ir.Model:
     """A model whose caches are [B, S, H, K] and perhaps of another type, and not [B, H, S, K]."""
     model = load_model(source).model
     graph, perm = model.graph, [0, 2, 1, 3]
-    for value in [one for one in graph.inputs if is_cache(one)]:
+    for value in find_caches(model):
         given = value.dtype
         value.shape, value.type = _permuted(value), ir.TensorType(dtype)
         inner = _behind(graph, value, "Transpose", perm=perm)
@@ -86,6 +88,18 @@ def without_names(source: Path) -> ir.Model:
 def named_alike(source: Path) -> ir.Model:
     """A model of whose inputs and outputs all open axes have one name."""
     return _changed(source, lambda _, __: "N")
+
+
+def renamed(source: Path, past: str, present: str) -> ir.Model:
+    """A model with other names of caches, by their number and what they are called behind it."""
+    model = load_model(source).model
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        told = re.fullmatch(r"(past_key_values|present)\.(\d+)\.(.*)", value.name or "")
+        if told:
+            side, layer, kind = told.groups()
+            name = past if side == "past_key_values" else present
+            value.name = name.format(layer, kind.replace(".", "_"))
+    return model
 
 
 def fixed(source: Path, past: int) -> ir.Model:

@@ -8,27 +8,39 @@ is fed in, or a transposition.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
 
 from onnx_tricks.graph.constants import evaluate
 from onnx_tricks.graph.shapes import rank_of
 
-__all__ = ["VIEWS", "Past", "appended", "find_pasts", "input_behind", "is_lone", "past_behind"]
+__all__ = [
+    "VIEWS",
+    "Growth",
+    "Past",
+    "appended",
+    "find_buffers",
+    "find_pasts",
+    "input_behind",
+    "is_lone",
+    "leaving",
+    "past_behind",
+    "writes_buffer",
+]
 
 VIEWS = frozenset("Cast Identity Reshape Squeeze Transpose Unsqueeze".split())
 """Operators that show the numbers of a cache in another way."""
 
 _MAX_NODES = 30
 _FUSED = {
-    ("", "Attention"): (4, 5),
-    ("com.microsoft", "Attention"): (4,),
-    ("com.microsoft", "DecoderMaskedMultiHeadAttention"): (5, 6),
-    ("com.microsoft", "GroupQueryAttention"): (3, 4),
-    ("com.microsoft", "MultiHeadAttention"): (6, 7),
+    ("", "Attention"): ((4, 1), (5, 2)),
+    ("com.microsoft", "Attention"): ((4, 1),),
+    ("com.microsoft", "DecoderMaskedMultiHeadAttention"): ((5, 1), (6, 2)),
+    ("com.microsoft", "GroupQueryAttention"): ((3, 1), (4, 2)),
+    ("com.microsoft", "MultiHeadAttention"): ((6, 1), (7, 2)),
 }
-"""Operators that append by themselves, and which of their inputs are pasts."""
+"""Operators that append by themselves: which inputs are pasts, and the outputs they become."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +83,8 @@ def _moved(node: ir.Node, axes: list[int | None]) -> list[int | None] | None:
         place, index = node.attributes.get_int("axis", 0) % len(axes), evaluate(node.inputs[1])
         return None if index is None else [*axes[:place], *[None] * index.ndim, *axes[place + 1 :]]
     if node.op_type in ("Squeeze", "Unsqueeze"):
-        chosen = evaluate(node.inputs[1]) if len(node.inputs) > 1 else None
+        given = node.attributes.get_ints("axes")  # as it was before opset 13
+        chosen = evaluate(node.inputs[1]) if len(node.inputs) > 1 else given
         if chosen is None:
             return None
         left = list(axes)
@@ -84,27 +97,114 @@ def _moved(node: ir.Node, axes: list[int | None]) -> list[int | None] | None:
     return None if node.op_type == "Reshape" else axes
 
 
-def find_pasts(model: ir.Model) -> dict[ir.Value, int]:
-    """The inputs that new keys or values are appended to, each with the axis along which."""
-    found: dict[ir.Value, int] = {}
-    for view, axis in _appending(model):
+@dataclasses.dataclass(frozen=True)
+class Growth:
+    """How a graph input grows.
+
+    Attributes:
+        axis: Of the input, along which something is appended.
+        output: The graph output by which both together leave; None where none is theirs alone.
+    """
+
+    axis: int
+    output: ir.Value | None
+
+
+def find_pasts(model: ir.Model) -> dict[ir.Value, Growth]:
+    """The inputs that new keys or values are appended to."""
+    found: dict[ir.Value, Growth] = {}
+    holders = _holders(model)
+    for view, axis, whole in _appending(model):
         past = past_behind(view)
         if past is not None and len(past.axes) > 2:
             grown = past.axes[axis]
             if grown is not None:
-                found[past.source] = grown
+                left = None if whole is None else leaving(whole, holders)
+                found[past.source] = Growth(grown, None if left is None else left[1])
     return found
 
 
-def _appending(model: ir.Model) -> Iterator[tuple[ir.Value, int]]:
-    """Values that something is appended to, and the axis."""
+def find_buffers(model: ir.Model) -> dict[ir.Value, ir.Value]:
+    """The inputs of a fixed length that keys or values are written into, and how they leave."""
+    found: dict[ir.Value, ir.Value] = {}
+    holders = _holders(model)
+    for node in model.graph.all_nodes():
+        past = past_behind(node.inputs[0]) if writes_buffer(node) else None
+        left = None if past is None else leaving(node.outputs[0], holders)
+        if past is not None and left is not None and past.rank > 2:
+            found[past.source] = left[1]
+    return found
+
+
+def writes_buffer(node: ir.Node) -> bool:
+    """Whether a node puts something in the place of parts of a graph input."""
+    return (
+        node.domain == ""
+        and node.op_type in ("ScatterElements", "ScatterND", "TensorScatter")
+        and input_behind(node.inputs[0]) is not None
+    )
+
+
+def leaving(
+    value: ir.Value, holders: Mapping[ir.Graph, ir.Node]
+) -> tuple[ir.Value, ir.Value] | None:
+    """A view of a value by which it leaves its graph, and the output of the main graph it is.
+
+    Args:
+        value: The value.
+        holders: By inner graph, the node that holds it.
+    """
+    pending = [value]
+    for _ in range(_MAX_NODES):
+        if not pending:
+            return None
+        value = pending.pop(0)
+        if value.is_graph_output():
+            outer = _outer(value, holders)
+            if outer is not None:
+                return value, outer
+        pending += [
+            reader.outputs[0]
+            for reader in value.consumers()
+            if reader.domain == ""
+            and (reader.op_type in VIEWS or is_lone(reader))
+            and reader.inputs[0] is value
+        ]
+    return None
+
+
+def _outer(value: ir.Value, holders: Mapping[ir.Graph, ir.Node]) -> ir.Value | None:
+    """The output of the main graph that an output of any graph becomes, or is a view of."""
+    graph = value.graph
+    if graph not in holders:
+        return value
+    assert isinstance(graph, ir.Graph)
+    if holders[graph].op_type != "If":
+        return None  # what a loop returns is not what its body does
+    place = next(i for i, output in enumerate(graph.outputs) if output is value)
+    found = leaving(holders[graph].outputs[place], holders)
+    return None if found is None else found[1]
+
+
+def _holders(model: ir.Model) -> dict[ir.Graph, ir.Node]:
+    return {
+        attribute.as_graph(): node
+        for node in model.graph.all_nodes()
+        for attribute in node.attributes.values()
+        if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref()
+    }
+
+
+def _appending(model: ir.Model) -> Iterator[tuple[ir.Value, int, ir.Value | None]]:
+    """Values that something is appended to, the axis, and both together."""
     for node in model.graph.all_nodes():
         if appended(node) is not None and node.inputs[0] is not None:
-            yield node.inputs[0], node.attributes["axis"].as_int()
-        for index in _FUSED.get((node.domain, node.op_type), ()):
+            yield node.inputs[0], node.attributes["axis"].as_int(), node.outputs[0]
+        for index, place in _FUSED.get((node.domain, node.op_type), ()):
             past = node.inputs[index] if index < len(node.inputs) else None
+            whole = node.outputs[place] if place < len(node.outputs) else None
             if past is not None:
-                yield from ((one, -2) for one in _parts(past))
+                yield from ((one, -2, whole) for one in _parts(past))
 
 
 def _parts(past: ir.Value) -> list[ir.Value]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 import pytest
 
+from onnx_tricks.graph.pasts import find_pasts
 from onnx_tricks.patterns.dry_run import DryRun
-from onnx_tricks.patterns.pasts import find_pasts
 
 
 def _model(view: str, shape: str, axis: int) -> ir.Model:
@@ -35,7 +35,8 @@ def test_the_axis_that_grows_is_found_behind_views(
     view: str, shape: str, axis: int, found: int
 ) -> None:
     model = _model(view, shape, axis)
-    assert find_pasts(model) == {model.graph.inputs[0]: found}
+    growth = find_pasts(model)[model.graph.inputs[0]]
+    assert (growth.axis, growth.output) == (found, model.graph.outputs[0])
 
 
 def test_what_is_joined_of_inputs_alone_is_no_past() -> None:
