@@ -30,6 +30,7 @@ from onnx_tricks.passes import PASSES
 from onnx_tricks.report import Report, print_report, print_verification
 from onnx_tricks.terminal.display import FAILED, Display, errors, write_json
 from onnx_tricks.terminal.options import (
+    InputsOption,
     NoVerifyOption,
     PassOptions,
     QuietOption,
@@ -61,6 +62,7 @@ def optimize(
     source: Annotated[str, typer.Argument(metavar="IN", help="A .onnx file, a folder, or 'demo'.")],
     output: Annotated[str, typer.Argument(metavar="OUT", help="A file or folder; may be IN.")],
     chosen: PassOptions,
+    inputs: InputsOption = None,
     report: ReportOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report; write nothing.")] = False,
     no_verify: NoVerifyOption = False,
@@ -75,6 +77,7 @@ def optimize(
             output,
             **chosen.selected(display),
             verify=not no_verify,
+            inputs=inputs or (),
             dry_run=dry_run,
             progress=display,
         ).report
@@ -118,11 +121,12 @@ def export(
 def verify(
     reference: Annotated[Path, typer.Argument(metavar="REFERENCE")],
     candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE")],
+    inputs: InputsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Prove that CANDIDATE computes what REFERENCE computes: two files or two folders."""
     with errors(), Display(as_json):
-        result = run_verify(reference, candidate)
+        result = run_verify(reference, candidate, inputs=inputs or ())
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
     else:

@@ -15,6 +15,7 @@ from onnx_tricks.passes import PASSES
 from onnx_tricks.rewrite import Pass
 from onnx_tricks.run import Model, Optimized, Progress, Run
 from onnx_tricks.runtime.sessions import load_runtime
+from onnx_tricks.verify import Inputs, read_samples
 
 __all__ = ["Optimized", "Progress", "optimize", "select_passes"]
 
@@ -27,6 +28,7 @@ def optimize(
     enable: Sequence[str | Pass] = (),
     skip: Sequence[str] = (),
     verify: bool = True,
+    inputs: Inputs | Sequence[Inputs] = (),
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Optimized:
@@ -41,6 +43,7 @@ def optimize(
         enable: Passes added to the default set.
         skip: Names of passes to leave out.
         verify: Prove that the result computes what the input computes, before it is written.
+        inputs: Inputs of your own that the proof runs too, as `onnx_tricks.verify` takes them.
         dry_run: Report what would be done; write and verify nothing.
         progress: Told what the run is doing.
 
@@ -49,18 +52,21 @@ def optimize(
 
     Raises:
         ModelError: The input is not a model, is broken, or its weights are missing.
-        UsageError: Unknown passes, or an output that cannot be written.
+        UsageError: Unknown passes, an output that cannot be written, or inputs that do not fit.
         ParityError: Verification failed; nothing was written. `ParityError.report` tells more.
     """
     chosen = select_passes(passes, enable, skip)
+    samples = read_samples(inputs)
+    if samples and not verify:
+        raise UsageError("inputs are for the proof, which is not asked for: leave out one of both")
     if verify and not dry_run:
         load_runtime()
     told = progress or (lambda _: None)
     if isinstance(model, (ir.Model, onnx.ModelProto)):
-        run = Run("", chosen, verify and not dry_run, told)
+        run = Run("", chosen, verify and not dry_run, told, samples)
         return run.in_memory(model, None if dry_run else output)
     given = os.fspath(model)
-    run = Run(given, chosen, verify and not dry_run, told)
+    run = Run(given, chosen, verify and not dry_run, told, samples)
     source = Path(given)
     if given == "demo" and not source.exists():
         source = demo_path()

@@ -107,11 +107,17 @@ def print_verification(result: Verification, console: Console, *, verbose: bool 
     if result.error_before is not None and result.error_after is not None:
         line += (
             f": error {result.error_after:.2e} (original {result.error_before:.2e}) against "
-            f"{result.reference}, {result.cases} cases"
+            f"{result.reference}, {_counted(result)}"
         )
     console.print(line, highlight=False, soft_wrap=True)
-    if result.message and (verbose or result.status != "passed"):
+    if result.message and (verbose or result.status != "passed" or result.reference == "sites"):
         console.print(escape(result.message), highlight=False, soft_wrap=True)
+
+
+def _counted(result: Verification) -> str:
+    unit = "region" if result.reference == "sites" else "case"
+    given = f" ({result.given} given)" if result.given else ""
+    return f"{result.cases} {unit}{'' if result.cases == 1 else 's'}{given}"
 
 
 def _passes(report: Report) -> RenderableType:

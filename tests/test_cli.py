@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
@@ -80,6 +81,10 @@ def test_a_dry_run_writes_nothing(toy: Path, tmp_path: Path) -> None:
         (["optimize", "toy.onnx", "/dev/null"], "/dev/null"),
         (["optimize", ".", "toy.onnx"], "must be one too"),
         (["verify", "toy.onnx", "missing.onnx"], "missing.onnx"),
+        (["optimize", "toy.onnx", "out.onnx", "--inputs", "no.npz"], "no.npz cannot be read"),
+        (["optimize", "toy.onnx", "out.onnx", "--inputs", "z.npz"], "lacks inputs: x (float [b"),
+        (["optimize", "toy.onnx", "out", "--inputs", "z.npz", "--no-verify"], "for the proof"),
+        (["verify", "toy.onnx", "toy.onnx", "--inputs", "z.npz"], "It holds z."),
         (["optimize", "toy.onnx"], "Missing argument"),
         (["optimize", "toy.onnx", "out.onnx", "--frobnicate"], "No such option"),
     ],
@@ -88,6 +93,7 @@ def test_bad_usage_and_bad_input_exit_2_with_a_message(
     toy: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     (tmp_path / "text.onnx").write_text("this is not ONNX")
+    np.savez(tmp_path / "z.npz", z=np.ones(3))
     before = sorted(path.name for path in tmp_path.iterdir())
     done = command(*arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
@@ -106,6 +112,27 @@ def test_verify_tells_equal_from_different(toy: Path, tmp_path: Path) -> None:
     done = command("verify", toy, tmp_path / "spoilt.onnx", "--json")
     assert done.returncode == 1
     assert json.loads(done.stdout)["status"] == "failed"
+
+
+def test_given_inputs_prove_what_no_inputs_are_found_for(tmp_path: Path) -> None:
+    body = "s = Concat<axis=1>(v, v) x = Add(u, s) z = LayerNormalization(x, g) y = MatMul(z, w)"
+    onnx.save(toys.model(body, inputs="u[b,s,D] v[b,t,D]"), tmp_path / "twice.onnx")
+    for rows in (1, 2):
+        u, v = np.ones((rows, 6, toys.D)), np.full((rows, 3, toys.D), 0.5)
+        np.savez(tmp_path / f"{rows}.npz", u=u * np.arange(toys.D), v=v)
+    asked = ("optimize", tmp_path / "twice.onnx", tmp_path / "out.onnx")
+    unproven = command(*asked)
+    assert unproven.returncode == 0
+    assert "give inputs with --inputs FILE.npz" in unproven.stdout
+    given = ("--inputs", tmp_path / "1.npz", "--inputs", tmp_path / "2.npz")
+    done = command(*asked, *given, "--report", tmp_path / "report.json")
+    assert done.returncode == 0, done.stderr
+    assert "against float64, 2 cases (2 given)" in done.stdout
+    report = json.loads((tmp_path / "report.json").read_text())["verification"]
+    assert (report["status"], report["cases"], report["given"]) == ("passed", 2, 2)
+    again = command("verify", tmp_path / "twice.onnx", tmp_path / "out.onnx", *given)
+    assert again.returncode == 0, again.stdout
+    assert "2 cases (2 given)" in again.stdout
 
 
 def test_list_names_every_pass() -> None:

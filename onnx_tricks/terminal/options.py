@@ -25,6 +25,7 @@ from onnx_tricks.rewrite import Pass
 from onnx_tricks.terminal.display import Display
 
 __all__ = [
+    "InputsOption",
     "NoVerifyOption",
     "PassOptions",
     "QuietOption",
@@ -38,6 +39,15 @@ ReportOption = Annotated[
     Path | None, typer.Option(metavar="FILE.json", help="Write the report as JSON.")
 ]
 NoVerifyOption = Annotated[bool, typer.Option("--no-verify", help="Skip the proof.")]
+InputsOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE.npz",
+        help="Inputs of your own that the proof runs too: the arrays of one run by the names of "
+        "the inputs, as numpy.savez writes them; caches that are left out are empty. May be given "
+        "more than once.",
+    ),
+]
 VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Show all reasons.")]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")]
 

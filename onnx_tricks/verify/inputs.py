@@ -13,12 +13,13 @@ from onnx_tricks.graph.interface import Input, Interface
 from onnx_tricks.runtime.sessions import Array
 from onnx_tricks.verify.cases import Case, Step
 
-__all__ = ["Builder", "Given", "Guess", "Shape", "guesses"]
+__all__ = ["Builder", "Given", "Guess", "Shape", "cached_tokens", "guesses"]
 
 # Sizes of dimensions of which only the name is known: small, and no two alike.
 _ODD_SIZES = (33, 7, 5, 11, 13, 17, 19, 23)
 _SOUND = 16_000  # samples in a second, as speech models take it
 _MULTIPLES = (1, 4, 2, 8, 3, 9)
+_SINGLE: tuple[tuple[int, ...], ...] = ((), (1,))  # sizes of an input that is one number
 
 Given = Callable[[str, int], "Array | None"]
 
@@ -65,21 +66,40 @@ def guesses(interface: Interface) -> Iterator[Guess]:
         elif value.role == "ids" and "_x_" in str(value.dims[0]):
             multiples = _MULTIPLES
         elif value.dtype.is_floating_point() and not interface.role("ids"):
+            if value.dims in _SINGLE:
+                continue
             wave = len(value.dims) == 2
-            lengths = (_SOUND,) * wave + (0, *interface.lengths) + (_SOUND,) * (not wave)
-        elif value.role == "other" and value.dims in ((), (1,)):
+            # Samples lie along one axis: as many along two would be gigabytes.
+            late = not wave and sum(not isinstance(dim, int) for dim in value.dims[1:]) < 2
+            lengths = (_SOUND,) * wave + (0, *interface.lengths) + (_SOUND,) * late
+        elif value.role == "other" and value.dims in _SINGLE:
             numbers = (0, _ODD_SIZES[0])
     marked = (True, False) if any(v.markers for v in interface.role("ids")) else (False,)
     for choice in itertools.product(images, lengths, multiples, numbers, marked):
         yield Guess(*choice)
 
 
-def _length(value: Input, cache: Array) -> int:
-    """How many tokens a cache holds."""
-    if cache.ndim < 3:
+def cached_tokens(value: Input, cache: Array) -> int:
+    """How many tokens a cache holds.
+
+    Args:
+        value: What the model declares of it.
+        cache: Its numbers.
+    """
+    if cache.ndim < 3 or value.buffer:
         return 0
-    fixed = all(isinstance(dim, int) for dim in value.dims[1:])
-    return int(cache.shape[2 if fixed else value.growing])
+    axis = value.rows + 2 if value.fixed and value.grows is None else value.growing
+    return int(cache.shape[axis])
+
+
+def _context(interface: Interface) -> set[str]:
+    """The names of axes for all tokens of the context, as masks [.., T, S] have them."""
+    tokens = {dim for value in interface.role("ids") for dim in value.dims[1:]}
+    others = [value for value in interface.inputs if value.role in ("mask", "other")]
+    masks = [value for value in others if len(value.dims) > 1 and value.dims[-2] in tokens]
+    states = {dim for value in interface.role("other") if value not in masks for dim in value.dims}
+    found = {value.dims[-1] for value in masks} - tokens - states
+    return {name for name in found if isinstance(name, str)}
 
 
 class Builder:
@@ -110,6 +130,7 @@ class Builder:
         self._symbols: dict[str, int] = {}  # sizes by the names of dimensions
         self._unnamed = list(_ODD_SIZES)
         self._kept: dict[tuple[str, tuple[int, ...]], Array] = {}
+        self._context = _context(interface)
         for value in interface.inputs:
             array = given(value.name, shape.batch)
             if array is not None:
@@ -127,7 +148,9 @@ class Builder:
         shape = self._shape
         caches = {v.name: self._cache(v) for v in self._interface.role("cache")}
         own = [v for v in self._interface.role("cache") if "encoder" not in v.name]
-        past = next((n for v in own if (n := _length(v, caches[v.name]))), 0)
+        # Where decoding continues some caches, the others are those of an encoder.
+        own = [v for v in own if v.name in self._interface.presents] or own
+        past = next((n for v in own if (n := cached_tokens(v, caches[v.name]))), 0)
         # A decoder whose caches another model fills goes on from there, token by token.
         lengths = (1,) * (1 + len(shape.steps)) if past else (shape.prompt, *shape.steps)
         padding = shape.prompt * 2 // 3 if shape.padded and not past else 0
@@ -137,6 +160,7 @@ class Builder:
             valid[1::2, :padding] = False
             for value in self._interface.role("ids"):
                 self._name(value.dims[1:], (new,))
+            self._symbols |= dict.fromkeys(self._context, past + new)
             feeds = {
                 value.name: self._value(value, valid, new, index)
                 for value in self._interface.inputs
@@ -182,13 +206,14 @@ class Builder:
         if value.role == "branch":
             return np.array([index > 0])
         if value.role == "positions":
-            positions = np.maximum(np.cumsum(valid, axis=1) - 1, 0)[:, -new:]
-            return positions if len(value.dims) == 2 else np.arange(valid.shape[1])[-new:]
+            return value.places(valid, new)
         if value.role == "mask" and not self._masks_another(value, valid.shape[1]):
             return valid.astype(np.int64)
         dims = self._dims(value)
         if value.dtype == ir.DataType.BOOL or "mask" in value.name:
             return np.ones(dims, np.int64)
+        if value.dtype.is_floating_point() and value.dims in _SINGLE:
+            return np.ones(dims, np.float32)  # a temperature, a penalty: nothing changes by it
         if value.dtype.is_floating_point():
             # All steps of a case read the same states.
             key = value.name, dims
@@ -197,7 +222,7 @@ class Builder:
             array = self._kept[key]
             # What the model reads and what the float64 reference reads is the same number.
             return array.astype(np.float16) if value.dtype == ir.DataType.FLOAT16 else array
-        if self._guess.number and value.dims in ((), (1,)):
+        if self._guess.number and value.dims in _SINGLE:
             return np.full(dims, self._guess.number)
         numbers = self._random.integers(0, value.limit or 2, dims)
         # The far corner of a box comes after the near one.
@@ -218,9 +243,16 @@ class Builder:
         if given is not None:
             return given
         # An empty past is where decoding starts; a cache that nothing continues has to hold some.
-        length = 0 if value.name in self._interface.presents else _ODD_SIZES[1]
-        dims = [d if isinstance(d, int) else length for d in value.dims]
-        return self._random.standard_normal([self._shape.batch, *dims[1:]]).astype(np.float32)
+        if value.name in self._interface.presents:
+            dims = value.sized(self._shape.batch)
+        else:
+            sizes = value.sized(self._shape.batch, _ODD_SIZES[1])
+            dims = [
+                self._symbols.get(dim, size) if isinstance(dim, str) else size
+                for dim, size in zip(value.dims, sizes, strict=True)
+            ]
+            self._name(value.dims, dims)
+        return self._random.standard_normal(dims).astype(np.float32)
 
     def _dims(self, value: Input) -> tuple[int, ...]:
         return tuple(self._size(value, axis, dim) for axis, dim in enumerate(value.dims))

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnx_tricks.errors import TricksError
+from onnx_tricks.errors import TricksError, UsageError
 from onnx_tricks.graph.interface import Interface, read_interface
 from onnx_tricks.graph.load import load_model
 from onnx_tricks.operators.signature import STATE_KEY
 from onnx_tricks.runtime.sessions import Array, Session, SessionError
 from onnx_tricks.verify.cases import Case, Step
 from onnx_tricks.verify.decoding import decode, write_text
+from onnx_tricks.verify.given import Sample
 from onnx_tricks.verify.narrow import narrow_caches, narrower
 from onnx_tricks.verify.plans import plans, text
+from onnx_tricks.verify.replay import holds_past, replay
 from onnx_tricks.verify.siblings import Siblings
 from onnx_tricks.verify.steady import steady
 from onnx_tricks.verify.tally import Tally, counted
@@ -43,14 +46,28 @@ class CandidateError(TricksError):
 class Pair:
     """Two models and the cases that the original runs.
 
+    Given inputs come on top of those that are made: they seldom hold padding, several lengths and
+    steps as well. Where none that are made will do, the given ones stand alone.
+
     Attributes:
         reference: The original model.
         candidate: The model that is to compute the same.
         progress: Told what runs next.
+        given: Cases of inputs that a user gives.
         cases: What the original runs.
+        alone: Why the given cases stand alone, or "".
+
+    Raises:
+        UsageError: Given inputs are of no use for these models.
     """
 
-    def __init__(self, reference: Path, candidate: Path, progress: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        reference: Path,
+        candidate: Path,
+        progress: Callable[[str], None],
+        samples: Sequence[Sample] = (),
+    ) -> None:
         self.reference = reference
         self.candidate = candidate
         self.progress = progress
@@ -67,8 +84,17 @@ class Pair:
         narrow = None if self._own_state is None else narrower(interface, self._own_state)
         self._narrow = narrow
         long = self._own_state is not None
-        self._remaining = plans(interface, self._siblings, long=long)
+        made = plans(interface, self._given_value, long=long)
+        self._remaining = itertools.chain(made, [()] if samples else [])
         self.cases: tuple[Case, ...] = ()
+        self.given = tuple(replay(sample, interface) for sample in samples)
+        self.alone = ""
+        for sample in samples if long else ():
+            if holds_past(sample, interface):
+                raise UsageError(
+                    f"{sample.name} holds filled caches, but the result caches other states than "
+                    "the original: give a prompt without caches"
+                )
 
     def run(self, session: Session, state: Interface | None = None) -> Iterator[dict[str, Array]]:
         """Yield the outputs of all steps of all cases.
@@ -80,7 +106,9 @@ class Pair:
         for case in self.cases:
             caches, presents = case.caches, self._presents
             if state is not None:
-                caches, presents = state.empty_caches(case.batch), state.presents
+                kept = {v.name for v in state.role("cache")} - state.presents.keys()
+                still = {name: array for name, array in caches.items() if name in kept}
+                caches, presents = state.empty_caches(case.batch) | still, state.presents
             for _, outputs in decode(session, case, presents, caches):
                 yield outputs
 
@@ -93,23 +121,48 @@ class Pair:
         Raises:
             NotComparable: There are none; the cases stay as they were.
             SessionError: ONNX Runtime refuses the model itself.
+            UsageError: It does not run on inputs that are given.
         """
         session = source() if source else self._open_original()
         before, refusal = self.cases, "no inputs could be made for it"
+        of_given = self._outputs_of_given(session)
         for cases in self._remaining:
-            self.cases = cases
+            self.cases, self.alone = cases, "" if cases else refusal
             try:
                 outputs = list(self.run(session))
             except SessionError as error:
                 refusal = str(error)
                 continue
             if usable(cases, outputs, outputs):
-                if self._own_state is None:
-                    return outputs
-                return self._outputs_of_own_text(session, cases, outputs)
+                if cases and self._own_state is not None:
+                    outputs = self._outputs_of_own_text(session, cases, outputs)
+                self.cases = (*self.cases, *self.given)
+                return [*outputs, *of_given]
             refusal = "it computes NaN"
         self.cases = before
-        raise NotComparable(f"the original runs on no inputs that were tried: {refusal}")
+        raise NotComparable(
+            f"the original runs on no inputs that were tried: {refusal}"
+            + ("" if self.given else "; give inputs with --inputs FILE.npz")
+        )
+
+    def _outputs_of_given(self, session: Session) -> Outputs:
+        """Run the original on what is given, which has to work."""
+        outputs: Outputs = []
+        for case in self.given:
+            self.cases = (case,)
+            try:
+                outputs += self.run(session)
+            except SessionError as error:
+                raise UsageError(
+                    f"{case.name}: the original, {self.reference.name}, does not run on these "
+                    f"inputs: {error}"
+                ) from error
+            if not usable(self.cases, outputs[-1:], outputs[-1:]):
+                raise UsageError(
+                    f"{case.name}: the original, {self.reference.name}, computes NaN from these "
+                    "inputs, which nothing can be compared with"
+                )
+        return outputs
 
     def _outputs_of_own_text(
         self, session: Session, cases: tuple[Case, ...], outputs: Outputs
@@ -155,7 +208,13 @@ class Pair:
             return
 
     def _tell(self, tokens: Array, steps: tuple[int, ...]) -> Case:
-        return text(self._interface, self._siblings, tokens, steps)
+        return text(self._interface, self._given_value, tokens, steps)
+
+    def _given_value(self, name: str, batch: int) -> Array | None:
+        """What a file beside the original computes for an input: no past that the result lacks."""
+        if self._own_state is not None and name in self._presents:
+            return None
+        return self._siblings(name, batch)
 
     def _open_original(self) -> Session:
         """Open the original, with caches of the candidate's type where that is narrower."""

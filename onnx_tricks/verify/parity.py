@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from onnx_tricks.errors import UsageError
 from onnx_tricks.graph.phases import PHASES, PROMPT, merged_decoder
 from onnx_tricks.rewrite import Site
 from onnx_tricks.runtime.sessions import load_runtime
+from onnx_tricks.verify.given import Inputs, Sample, read_samples, share_out
 from onnx_tricks.verify.memory import memory_shortage
 from onnx_tricks.verify.pair import CandidateError, NotComparable
 from onnx_tricks.verify.sites import compare_sites
@@ -36,6 +38,7 @@ class Verification:
             allowed or exceeds it most; None where nothing was measured.
         error_after: Relative error of the candidate at the same output.
         cases: Number of cases (prompts, batches; regions when by sites) that were compared.
+        given: How many of the cases are inputs that a user gave.
         message: Why it failed or was skipped, and what to do; how the reference was made.
         findings: The errors of every output.
     """
@@ -47,6 +50,7 @@ class Verification:
     cases: int
     message: str
     findings: tuple[Finding, ...] = ()
+    given: int = 0
 
     @classmethod
     def worst(cls, results: Iterable[Verification]) -> Verification:
@@ -57,7 +61,9 @@ class Verification:
         """
         found = list(results)
         result = max(found, key=lambda one: (_STATUSES.index(one.status), one.severity))
-        return dataclasses.replace(result, cases=sum(one.cases for one in found))
+        return dataclasses.replace(
+            result, cases=sum(one.cases for one in found), given=sum(one.given for one in found)
+        )
 
     @property
     def severity(self) -> float:
@@ -72,14 +78,16 @@ class Verification:
             "error_before": self.error_before,
             "error_after": self.error_after,
             "cases": self.cases,
+            "given": self.given,
             "message": self.message,
         }
 
 
 def verify(
-    reference: Path,
-    candidate: Path,
+    reference: str | os.PathLike[str],
+    candidate: str | os.PathLike[str],
     *,
+    inputs: Inputs | Sequence[Inputs | Sample] = (),
     sites: Sequence[Site] = (),
     memory_limit: int | None = None,
     progress: Callable[[str], None] | None = None,
@@ -94,6 +102,9 @@ def verify(
     Args:
         reference: The original: an .onnx file, or a folder of them as exporters write it.
         candidate: The candidate: likewise; files of two folders are paired by name.
+        inputs: Inputs of your own, on top of those or in their place where none can be made: .npz
+            files or mappings, each with the arrays of one run by the names of the inputs. Caches
+            that are not given are empty. In a folder they go to the models that they fit.
         sites: The regions that were rewritten. Models too large for the memory at hand are
             compared by them; without, such models are skipped.
         memory_limit: Bytes that verification may use; None for what the machine has free.
@@ -103,15 +114,19 @@ def verify(
         The verdict. A model that does not run here is "skipped", never "passed".
 
     Raises:
-        UsageError: ONNX Runtime is not installed, or the paths do not pair up.
+        UsageError: ONNX Runtime is not installed, the paths do not pair up, or given inputs fit
+            no model.
         ModelError: A file is not a model.
     """
     load_runtime()
     told = progress or (lambda _: None)
+    samples = read_samples(inputs)
     with contextlib.ExitStack() as stack:
+        pairs = _pairs(Path(reference), Path(candidate), stack)
+        shares = share_out(samples, {str(original): original for original, _ in pairs})
         return Verification.worst(
-            _verify_file(original, result, sites, memory_limit, told)
-            for original, result in _pairs(reference, candidate, stack)
+            _verify_file(original, result, shares[str(original)], sites, memory_limit, told)
+            for original, result in pairs
         )
 
 
@@ -158,6 +173,7 @@ def _with_one_decoder(
 def _verify_file(
     reference: Path,
     candidate: Path,
+    samples: Sequence[Sample],
     sites: Sequence[Site],
     memory_limit: int | None,
     progress: Callable[[str], None],
@@ -165,10 +181,13 @@ def _verify_file(
     shortage = memory_shortage(reference, candidate, memory_limit)
     try:
         if not shortage:
-            return _judge(compare_models(reference, candidate, progress))
+            return _judge(compare_models(reference, candidate, progress, samples))
         if not sites:
             raise NotComparable(f"{shortage}, and no rewritten regions are known to compare alone")
-        return _judge(compare_sites(reference, candidate, sites, progress))
+        found = compare_sites(reference, candidate, sites, progress)
+        if samples:
+            found = dataclasses.replace(found, note=f"{found.note}, not on the given inputs")
+        return _judge(found)
     except NotComparable as error:
         return Verification("skipped", "", None, None, 0, f"{reference.name}: {error}")
     except CandidateError as error:
@@ -187,4 +206,5 @@ def _judge(comparison: Comparison) -> Verification:
         cases=comparison.cases,
         message="; ".join(filter(None, ["" if worst.passed else str(worst), comparison.note])),
         findings=comparison.findings,
+        given=comparison.given,
     )

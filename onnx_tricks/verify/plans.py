@@ -79,12 +79,14 @@ def text(interface: Interface, given: Given, ids: Array, steps: tuple[int, ...] 
 def _fix(interface: Interface, shape: Shape) -> Shape:
     """Fit the shape of a case to what the model declares."""
     for value in interface.inputs:
-        first = value.dims[0] if value.dims else None
-        if isinstance(first, int) and value.role in ("ids", "mask", "cache"):
-            shape = dataclasses.replace(shape, batch=first)
+        axis = value.rows if value.role == "cache" else 0
+        rows = value.dims[axis] if value.dims else None
+        if isinstance(rows, int) and value.role in ("ids", "mask", "cache"):
+            shape = dataclasses.replace(shape, batch=rows)
         second = value.dims[1] if len(value.dims) > 1 else None
         if isinstance(second, int) and value.role == "ids":
-            shape = dataclasses.replace(shape, prompt=second, steps=())
+            steps = (second,) * len(shape.steps)
+            shape = dataclasses.replace(shape, prompt=second, steps=steps)
     can_pad = interface.left_padding and bool(interface.role("mask"))
     steps = shape.steps if interface.presents else ()
     return dataclasses.replace(shape, padded=shape.padded and can_pad, steps=steps)

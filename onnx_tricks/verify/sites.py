@@ -63,7 +63,7 @@ def compare_sites(
         except (NotComparable, SessionError, ValueError) as error:
             raise CandidateError(f"the region of {site.node} does not run: {error}") from error
     note = "too large to run whole: compared region by region"
-    return Comparison("sites", tuple(tally.findings()), len(sites), note)
+    return Comparison("sites", tuple(tally.findings()), len(sites), 0, note)
 
 
 def _run_original(region: ir.Model, feeds: _Feeds) -> tuple[Step, _Feeds, _Feeds]:

@@ -17,6 +17,8 @@ __all__ = ["SINGLE", "Finding", "Tally", "counted"]
 # Over this many numbers the ratio of two roundings is not chance any more.
 _ENOUGH = 1000
 
+_CACHE_AXES = 4  # rows, heads, positions, width
+
 SINGLE = float(np.finfo(np.float32).eps)
 
 
@@ -55,7 +57,9 @@ class Finding:
         return self.after / self.allowed if self.allowed else math.inf
 
     def __str__(self) -> str:
-        where = f"{self.output} ({self.phase}; {self.case})"
+        # What is judged apart has the name of the case in its phase.
+        among = "" if self.phase.endswith(f" of {self.case}") else f"; {self.case}"
+        where = f"{self.output} ({self.phase}{among})"
         if self.problem:
             return f"{where} {self.problem}"
         return (
@@ -174,13 +178,15 @@ def counted(array: Array, step: Step) -> npt.NDArray[np.bool_]:
         A mask that broadcasts to the shape of the output.
     """
     everything = np.ones((1,) * array.ndim, bool)
-    if step.valid is None or array.ndim < 2 or array.shape[0] != len(step.valid):
+    # Keys and values may be stacked.
+    rows = max(array.ndim - _CACHE_AXES, 0)
+    if step.valid is None or array.ndim < 2 or array.shape[rows] != len(step.valid):
         return everything
     for mask in (step.valid, step.valid[:, -step.new :]):
-        for axis in range(1, array.ndim):
+        for axis in range(rows + 1, array.ndim):
             if array.shape[axis] == mask.shape[1]:
                 shape = [1] * array.ndim
-                shape[0], shape[axis] = mask.shape
+                shape[rows], shape[axis] = mask.shape
                 reshaped: npt.NDArray[np.bool_] = mask.astype(bool).reshape(shape)
                 return reshaped
     return everything

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnx_tricks.graph.load import load_model
 from onnx_tricks.graph.traverse import initializers
 from onnx_tricks.runtime.sessions import Session, SessionError
+from onnx_tricks.verify.given import Sample
 from onnx_tricks.verify.noise import nudge_weights
 from onnx_tricks.verify.pair import NotComparable, Outputs, Pair, Source, usable
 from onnx_tricks.verify.reference import CannotRaise, raise_to_double
@@ -31,22 +32,30 @@ class Comparison:
         reference: What errors are measured against: "float64", "original" or "sites".
         findings: One per output and phase.
         cases: Number of cases.
+        given: How many of them a user gave.
         note: What a reader should know about the reference, or "".
     """
 
     reference: str
     findings: tuple[Finding, ...]
     cases: int
+    given: int
     note: str
 
 
-def compare_models(reference: Path, candidate: Path, progress: Callable[[str], None]) -> Comparison:
+def compare_models(
+    reference: Path,
+    candidate: Path,
+    progress: Callable[[str], None],
+    samples: Sequence[Sample] = (),
+) -> Comparison:
     """Run two models on the same inputs and measure their errors.
 
     Args:
         reference: The original model.
         candidate: The model that is to compute the same.
         progress: Told what runs next.
+        samples: Inputs that a user gives, on top of those that are made.
 
     Returns:
         The errors of every output.
@@ -54,8 +63,9 @@ def compare_models(reference: Path, candidate: Path, progress: Callable[[str], N
     Raises:
         NotComparable: The original does not run on any inputs that could be made for it.
         CandidateError: The candidate does not load or run.
+        UsageError: The given inputs are of no use for these models.
     """
-    pair = Pair(reference, candidate, progress)
+    pair = Pair(reference, candidate, progress, samples)
     wide, note = _raised(reference)
     progress("running the original")
     try:
@@ -87,7 +97,11 @@ def _against_float64(
         pair.progress("running more cases, since the outputs are few numbers")
         before, seeds = pair.cases, range(1, _MORE + 1)
         pair.cases = tuple(case.again(seed) for seed in seeds for case in before if case.again)
-        pair.measure(tally, pair.run(wide()), pair.run_original(), pair.run_candidate())
+        try:
+            pair.measure(tally, pair.run(wide()), pair.run_original(), pair.run_candidate())
+        except SessionError:  # given tokens are not all that the original minds
+            pair.cases = before
+            raise
         pair.cases = (*before, *pair.cases)
     return _compared(pair, "float64", tally, note)
 
@@ -127,7 +141,10 @@ def _directly(pair: Pair, expected: Outputs, note: str) -> Comparison:
 
 
 def _compared(pair: Pair, reference: str, tally: Tally, note: str) -> Comparison:
-    return Comparison(reference, tuple(tally.findings()), len(pair.cases), note)
+    if pair.alone:
+        alone = f"judged on the given inputs alone: the original runs on no others ({pair.alone})"
+        note = "; ".join(filter(None, [alone, note]))
+    return Comparison(reference, tuple(tally.findings()), len(pair.cases), len(pair.given), note)
 
 
 def _is_double(model: ir.Model) -> bool:

@@ -130,6 +130,17 @@ def test_an_image_keeps_the_sides_that_the_model_fixes() -> None:
         assert case.steps[0].feeds["pixel_values"].shape[:3] == (case.batch, 3, 24)
 
 
+def test_a_single_floating_number_is_one_and_no_series() -> None:
+    text = """
+    g (float[b,c,n] features, float[1] penalty, float scale) => (float[b,c,n] y)
+    { s = Mul(features, penalty) y = Mul(s, scale) }"""
+    for (case,) in all_plans(text):
+        feeds = case.steps[0].feeds
+        assert feeds["penalty"].tolist() == [1.0]
+        assert feeds["scale"] == 1
+        assert feeds["features"].size < 10_000  # and not sound along both axes
+
+
 def test_numbers_differ_from_seed_to_seed(demo) -> None:
     interface = read_interface(load_model(demo["fp32"]).model)
     case = next(plans(interface, nothing_given))[0]
@@ -147,6 +158,29 @@ def test_a_merged_decoder_takes_its_first_branch_first() -> None:
     case = all_plans(text)[0][0]
     branches = [bool(step.feeds["use_cache_branch"][0]) for step in case.steps]
     assert branches == [False, True, True, True]
+
+
+def crossing(new: str) -> str:
+    """A decoder that is fed the keys of an encoder, which nothing continues."""
+    return f"""
+    g (int64[b,{new}] input_ids, int64[b,e] encoder_attention_mask, float[b,2,p,4] past_key_self_0,
+       float[b,2,e,4] past_key_cross_0) => (float[b,s,4] y, float[b,2,t,4] present_key_self_0)
+    <float[9,4] w>
+    {{ y = Gather(w, input_ids) present_key_self_0 = Identity(past_key_self_0) }}"""
+
+
+def test_caches_that_nothing_continues_are_as_long_as_their_mask_and_hold_no_own_tokens() -> None:
+    case = all_plans(crossing("s"))[0][1]
+    assert [step.new for step in case.steps] == [33, 1, 1]
+    assert case.caches["past_key_self_0"].shape == (2, 2, 0, 4)
+    length = case.caches["past_key_cross_0"].shape[2]
+    assert length > 0
+    assert {step.feeds["encoder_attention_mask"].shape for step in case.steps} == {(2, length)}
+
+
+def test_a_decoder_of_one_token_at_a_time_decodes_step_by_step() -> None:
+    cases = all_plans(crossing("1"))[0]
+    assert [[step.new for step in case.steps] for case in cases] == [[1] * 4, [1] * 3, [1] * 2]
 
 
 def test_equal_cases_hold_equal_numbers(demo) -> None:
