@@ -17,6 +17,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
+from onnx_tricks.attempts import Attempt, Prove, until_proven
 from onnx_tricks.errors import ParityError
 from onnx_tricks.graph.computed import computed_weights, store_weights
 from onnx_tricks.graph.layout import DataLayout
@@ -30,7 +31,7 @@ from onnx_tricks.graph.staging import Staging
 from onnx_tricks.operators.signature import DOMAIN, STATE_KEY
 from onnx_tricks.report import PassReport, Report
 from onnx_tricks.rewrite import Pass, PassResult, Site, Skip, run_passes
-from onnx_tricks.verify import Verification
+from onnx_tricks.verify import Sample, Verification, share_out
 from onnx_tricks.verify import verify as verify_models
 
 __all__ = ["Model", "Optimized", "Progress", "Rewritten", "Run"]
@@ -77,12 +78,6 @@ class Rewritten:
         return [site for result in self.results for site in result.applied]
 
 
-# An error of this share of what is allowed is too close for a pass that is cautious.
-_CLOSE = 0.9
-_Prove = Callable[[], Verification | None]
-_Attempt = Callable[[Sequence[Pass]], tuple[Rewritten, _Prove]]
-
-
 class Run:
     """One run over the files of one model.
 
@@ -91,12 +86,20 @@ class Run:
         passes: What to run, in order.
         verify: Whether to prove that the results compute what the inputs compute.
         progress: Told what the run is doing.
+        samples: Inputs for the proof, on top of those that are made.
     """
 
     def __init__(
-        self, given: str, passes: Sequence[Pass], verify: bool, progress: Progress
+        self,
+        given: str,
+        passes: Sequence[Pass],
+        verify: bool,
+        progress: Progress,
+        samples: Sequence[Sample] = (),
     ) -> None:
         self.given, self.passes, self.verify, self.progress = given, passes, verify, progress
+        self.samples = samples
+        self.shares: dict[str, list[Sample]] = {}  # of the samples, by file
         self.start = time.perf_counter()
         self.reports = {one.name: PassReport(one.name) for one in passes}
         self.before: Sizes | None = None
@@ -111,6 +114,8 @@ class Run:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="onnx-tricks-"))
                 target = f"{folder}/out" if source.is_dir() else f"{folder}/out.onnx"
             plan = self._with_one_decoder(make_plan(source, target), stack)
+            originals = [one.source for one in plan.outputs if one.source is not None]
+            self.shares = share_out(self.samples, {str(path): path for path in originals})
             staging = None
             if output is not None or self.verify:
                 staging = stack.enter_context(Staging(plan))
@@ -160,6 +165,7 @@ class Run:
     def in_memory(self, model: Model, output: str | os.PathLike[str] | None) -> Optimized:
         """Optimise a model in memory, which is not changed."""
         original = ir.from_proto(model) if isinstance(model, onnx.ModelProto) else model
+        samples = share_out(self.samples, {"the model": original})["the model"]
         with contextlib.ExitStack() as stack:
             staging, plan = None, None
             if output is not None:
@@ -169,17 +175,19 @@ class Run:
             if self.verify:
                 save_model(original, folder / "original.onnx")
 
-            def attempt(passes: Sequence[Pass]) -> tuple[Rewritten, _Prove]:
+            def attempt(passes: Sequence[Pass]) -> tuple[Rewritten, Prove]:
                 rewritten = self._rewrite(original.clone(), DataLayout(), passes)
                 staged = folder / "optimized.onnx"
                 if staging is not None and plan is not None:
                     staged = staging.save(rewritten.model, plan.outputs[0], rewritten.layout)
                 elif self.verify:
                     save_model(rewritten.model, staged)
-                prove = self._prover(folder / "original.onnx", staged, rewritten, "verifying")
+                prove = self._prover(
+                    folder / "original.onnx", staged, rewritten, samples, "verifying"
+                )
                 return rewritten, prove
 
-            rewritten, verification = self.until_proven(attempt, self.passes, "")
+            rewritten, verification = self._settle(attempt, self.passes, "")
             where = None if output is None else os.fspath(output)
             report = self._report(where, verification or _SKIPPED)
             if staging is not None and plan is not None:
@@ -194,7 +202,7 @@ class Run:
     ) -> ir.Model:
         """Rewrite, stage and verify one file."""
 
-        def attempt(passes: Sequence[Pass]) -> tuple[Rewritten, _Prove]:
+        def attempt(passes: Sequence[Pass]) -> tuple[Rewritten, Prove]:
             assert one.source is not None
             self.progress(f"reading {one.source.name}")
             loaded = load_model(one.source)
@@ -203,51 +211,40 @@ class Run:
                 return rewritten, lambda: None
             self.progress(f"writing {one.target}")
             staged = staging.save(rewritten.model, one, rewritten.layout)
-            return rewritten, self._prover(one.source, staged, rewritten, f"verifying {one.target}")
+            samples, told = self.shares[str(one.source)], f"verifying {one.target}"
+            return rewritten, self._prover(one.source, staged, rewritten, samples, told)
 
         prefix = f"{one.target}: " if len(plan.outputs) > 1 else ""
         apart = self.apart if one.target.name in PHASES else ()
         passes = [each for each in self.passes if each.name not in apart]
-        rewritten, verification = self.until_proven(attempt, passes, prefix)
+        rewritten, verification = self._settle(attempt, passes, prefix)
         if verification is not None:
             found.append(verification)
         return rewritten.model
 
-    def _prover(self, original: Path, staged: Path, rewritten: Rewritten, told: str) -> _Prove:
+    def _prover(
+        self,
+        original: Path,
+        staged: Path,
+        rewritten: Rewritten,
+        samples: Sequence[Sample],
+        told: str,
+    ) -> Prove:
         """What proves a staged file, where that is asked for."""
 
         def prove() -> Verification | None:
             if not self.verify:
                 return None
             self.progress(told)
-            return verify_models(original, staged, sites=rewritten.sites)
+            return verify_models(original, staged, inputs=samples, sites=rewritten.sites)
 
         return prove
 
-    def until_proven(
-        self, attempt: _Attempt, passes: Sequence[Pass], prefix: str
+    def _settle(
+        self, attempt: Attempt[Rewritten], passes: Sequence[Pass], prefix: str
     ) -> tuple[Rewritten, Verification | None]:
-        """Rewrite with less and less room for error, while a pass leaves too much of it."""
-        close: tuple[Sequence[Pass], Verification] | None = None
-        while True:
-            rewritten, prove = attempt(passes)
-            verification = prove()
-            if verification is None:
-                break
-            if close is not None and verification.severity >= close[1].severity:
-                # It is not this error that is close.
-                rewritten, _ = attempt(close[0])
-                verification = close[1]
-                break
-            applied = {result.name for result in rewritten.results if result.applied}
-            failed = verification.status == "failed"
-            if not failed and verification.severity <= _CLOSE:
-                break
-            stricter = _stricter(passes, applied, cautious=not failed)
-            if stricter is None:
-                break
-            close = None if failed else (passes, verification)
-            passes = stricter
+        """Rewrite and prove, and note what came of it."""
+        rewritten, verification = until_proven(attempt, passes)
         for result in rewritten.results:
             self.reports[result.name].add(result, prefix)
         before, after = rewritten.before, rewritten.after
@@ -288,25 +285,6 @@ class Run:
         if failed:
             raise ParityError(f"verification failed: {verification.message}", report)
         return report
-
-
-def _stricter(
-    passes: Sequence[Pass], applied: set[str], *, cautious: bool
-) -> Sequence[Pass] | None:
-    """Passes with less room for error; None where there are none that may help.
-
-    Those that a user asked for on top come first: what every run does by default yields last.
-    """
-    for default in (False, True):
-        found = [
-            one.stricter()
-            if one.name in applied and one.default is default and (one.cautious or not cautious)
-            else None
-            for one in passes
-        ]
-        if any(found):
-            return [new or old for new, old in zip(found, passes, strict=True)]
-    return None
 
 
 def _states(plan: Plan, models: Sequence[ir.Model]) -> dict[str, Any]:
