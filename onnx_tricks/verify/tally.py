@@ -171,25 +171,27 @@ def counted(array: Array, step: Step) -> npt.NDArray[np.bool_]:
     """Say which elements of an output count: all but those at padded positions.
 
     Args:
-        array: An output; positions lie along the first axis of their number, batch excepted.
+        array: An output; positions lie along an axis of their number. Where there are several, as
+            in caches of as many heads, what is padding along any of them is left out.
         step: The step that computed it.
 
     Returns:
         A mask that broadcasts to the shape of the output.
     """
-    everything = np.ones((1,) * array.ndim, bool)
+    kept: npt.NDArray[np.bool_] = np.ones((1,) * array.ndim, bool)
     # Keys and values may be stacked.
     rows = max(array.ndim - _CACHE_AXES, 0)
     if step.valid is None or array.ndim < 2 or array.shape[rows] != len(step.valid):
-        return everything
+        return kept
     for mask in (step.valid, step.valid[:, -step.new :]):
-        for axis in range(rows + 1, array.ndim):
-            if array.shape[axis] == mask.shape[1]:
-                shape = [1] * array.ndim
-                shape[rows], shape[axis] = mask.shape
-                reshaped: npt.NDArray[np.bool_] = mask.astype(bool).reshape(shape)
-                return reshaped
-    return everything
+        axes = [axis for axis in range(rows + 1, array.ndim) if array.shape[axis] == mask.shape[1]]
+        for axis in axes:
+            shape = [1] * array.ndim
+            shape[rows], shape[axis] = mask.shape
+            kept = kept & mask.astype(bool).reshape(shape)
+        if axes:
+            break
+    return kept
 
 
 def _floating(array: Array) -> bool:

@@ -107,3 +107,11 @@ def test_padding_in_stacked_caches_does_not_count() -> None:
     mask = counted(np.empty((2, 2, 6, 3, 32)), Step({}, valid, 3))
     assert mask.shape == (1, 2, 1, 3, 1)
     assert (mask[0, :, 0, :, 0] == valid).all()
+
+
+def test_padding_in_caches_of_as_many_heads_as_tokens_does_not_count() -> None:
+    valid = np.array([[False, True, True], [True, True, True]])
+    mask = np.broadcast_to(counted(np.empty((2, 3, 3, 32)), Step({}, valid, 3)), (2, 3, 3, 32))
+    assert not mask[0, :, 0].any()
+    assert mask[0, 1:, 1:].all()
+    assert mask[1].all()
