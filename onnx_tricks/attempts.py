@@ -49,12 +49,12 @@ def until_proven(
         verification = prove()
         if verification is None:
             return tried, None
-        if close is not None and verification.severity >= close[1].severity:
+        failed, worse = verification.status == "failed", verification.status != "passed"
+        if close is not None and (worse or verification.severity >= close[1].severity):
             # It is not this error that is close.
             tried, _ = attempt(close[0])
             return tried, close[1]
         applied = {result.name for result in tried.results if result.applied}
-        failed = verification.status == "failed"
         if not failed and verification.severity <= _CLOSE:
             return tried, verification
         stricter = _stricter(passes, applied, cautious=not failed)

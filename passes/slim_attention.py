@@ -91,8 +91,9 @@ class SlimAttention(Pass):
         cache_dtype: Type of the cached states; "auto" for that in which a layer computes, whatever
             type its cache had.
         positions: Where the positions of cached keys come from: "mask" counts along the attention
-            mask, as exporters do (or from zero where there is none); "state" keeps them as one more
-            state, for callers that choose positions themselves.
+            mask, as exporters do; "state" keeps them as one more state, for callers that choose
+            positions themselves. Where no mask tells the positions that callers choose, they are a
+            state in any case; where callers choose none, they count from zero.
         calibrate: Whether the model may write some text first, to learn what its keys look like:
             the same error from about half the rank.
         encoder_dtype: Type in which an encoder's states enter; "auto" leaves them theirs. They

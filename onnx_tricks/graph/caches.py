@@ -11,11 +11,10 @@ import dataclasses
 
 import onnx_ir as ir
 
-from onnx_tricks.graph.pasts import find_buffers, find_pasts
+from onnx_tricks.graph.pasts import Growth, find_buffers, find_pasts
+from onnx_tricks.graph.places import INTEGERS
 
 __all__ = ["CacheInput", "find_caches"]
-
-_INTEGERS = (ir.DataType.INT32, ir.DataType.INT64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +40,7 @@ def find_caches(model: ir.Model) -> dict[ir.Value, CacheInput]:
     for value in model.graph.inputs:
         growth = grown.get(value)
         axis = None if growth is None else growth.axis
-        if growth is not None and growth.output is not None:
+        if growth is not None and growth.output is not None and _can_grow(value, growth):
             found[value] = CacheInput(axis, growth.output)
         elif value in buffers:
             found[value] = CacheInput(None, buffers[value], buffer=True)
@@ -54,9 +53,15 @@ def find_caches(model: ir.Model) -> dict[ir.Value, CacheInput]:
     return found
 
 
+def _can_grow(value: ir.Value, growth: Growth) -> bool:
+    """Whether attention may read what grows, as it does not an image that another is put behind."""
+    length = None if value.shape is None else value.shape[growth.axis]
+    return growth.read and not isinstance(length, int)
+
+
 def _is_named(value: ir.Value) -> bool:
     """Whether a graph input is a cache by its name and rank."""
     name = (value.name or "").lower()
     rank = 4 if value.shape is None else len(value.shape)
-    integer = value.dtype in _INTEGERS
+    integer = value.dtype in INTEGERS
     return name.startswith("past_key_values.") or ("past" in name and rank > 3 and not integer)

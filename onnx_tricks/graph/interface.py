@@ -55,19 +55,25 @@ class Input:
 
     @property
     def growing(self) -> int:
-        """The axis of a cache along which it grows."""
+        """The axis of a cache along which it grows, or would: that of tokens."""
         if self.grows is not None:
             return self.grows
-        return next(axis for axis in self._open() if axis != self.rows)
+        usual = min(self.rows + 2, len(self.dims) - 1)
+        return next((axis for axis in self._open() if axis != self.rows), usual)
 
     @property
     def rows(self) -> int:
-        """The axis of a cache along which its sequences lie; keys and values may be stacked."""
+        """The axis of a cache along which its sequences lie; 0 where it has none.
+
+        Keys and values may be stacked in front of it, and tokens may come first.
+        """
         named = [axis for axis, dim in enumerate(self.dims) if "batch" in str(dim)]
-        if named or self.grows is None:
-            return named[0] if named else max(len(self.dims) - 4, 0)
-        others = [axis for axis in self._open() if axis < max(self.grows, 2) and axis != self.grows]
-        return others[0] if others else max(len(self.dims) - 4, 0)
+        others = [axis for axis in range(len(self.dims)) if axis != self.grows]
+        if self.grows is not None:
+            ahead = [axis for axis in self._open() if axis in others and axis < max(self.grows, 2)]
+            named = [axis for axis in named if axis in others] or ahead
+        stacked = max(len(self.dims) - 4, 0)
+        return next(iter((*named, *others[stacked:])), 0)
 
     @property
     def fixed(self) -> bool:
@@ -95,8 +101,9 @@ class Input:
 
     def sized(self, batch: int, tokens: int = 0) -> list[int]:
         """The shape of a cache that holds so many tokens for so many rows."""
-        sizes = [tokens if not isinstance(dim, int) else dim for dim in self.dims]
-        sizes[self.rows] = batch
+        sizes = [dim if isinstance(dim, int) else tokens for dim in self.dims]
+        if self.rows in self._open() and self.rows != self.growing:
+            sizes[self.rows] = batch
         return sizes
 
 

@@ -104,10 +104,12 @@ class Growth:
     Attributes:
         axis: Of the input, along which something is appended.
         output: The graph output by which both together leave; None where none is theirs alone.
+        read: Whether anything is computed of both together.
     """
 
     axis: int
     output: ir.Value | None
+    read: bool
 
 
 def find_pasts(model: ir.Model) -> dict[ir.Value, Growth]:
@@ -116,11 +118,15 @@ def find_pasts(model: ir.Model) -> dict[ir.Value, Growth]:
     holders = _holders(model)
     for view, axis, whole in _appending(model):
         past = past_behind(view)
-        if past is not None and len(past.axes) > 2:
-            grown = past.axes[axis]
-            if grown is not None:
-                left = None if whole is None else leaving(whole, holders)
-                found[past.source] = Growth(grown, None if left is None else left[1])
+        if past is None or len(past.axes) < 3:
+            continue
+        grown, before = past.axes[axis], found.get(past.source)
+        left = None if whole is None else leaving(whole, holders)
+        if grown is not None:
+            # The same may be appended twice, to be read and to leave.
+            output = left[1] if left is not None else before.output if before else None
+            read = whole is None or _is_read(whole) or (before is not None and before.read)
+            found[past.source] = Growth(grown, output, read)
     return found
 
 
@@ -131,9 +137,30 @@ def find_buffers(model: ir.Model) -> dict[ir.Value, ir.Value]:
     for node in model.graph.all_nodes():
         past = past_behind(node.inputs[0]) if writes_buffer(node) else None
         left = None if past is None else leaving(node.outputs[0], holders)
-        if past is not None and left is not None and past.rank > 2:
+        if past is None or left is None or past.rank < 3:
+            continue
+        shape = past.source.shape
+        open_axes = 0 if shape is None else sum(not isinstance(dim, int) for dim in shape)
+        if open_axes < 2 and _is_read(node.outputs[0]):  # the batch may be open, but no length
             found[past.source] = left[1]
     return found
+
+
+def _is_read(value: ir.Value) -> bool:
+    """Whether anything is computed of a value, apart from views of it and its shape."""
+    pending = [value]
+    while pending:
+        one = pending.pop()
+        node = one.producer()
+        if node is not None and (node.domain, node.op_type) in _FUSED:
+            return True
+        for reader in one.consumers():
+            if reader.domain != "" or not (reader.op_type in VIEWS or is_lone(reader)):
+                if reader.op_type != "Shape":
+                    return True
+            else:
+                pending += reader.outputs
+    return False
 
 
 def writes_buffer(node: ir.Node) -> bool:

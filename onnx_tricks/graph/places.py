@@ -6,12 +6,14 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
-__all__ = ["places_tokens"]
+from onnx_tricks.graph.constants import is_constant
 
-_INTEGERS = (ir.DataType.INT32, ir.DataType.INT64)
+__all__ = ["INTEGERS", "places_tokens"]
+
+INTEGERS = (ir.DataType.INT32, ir.DataType.INT64)
+"""The types of token ids and positions."""
+
 _CARRIERS = frozenset("Cast Identity Reshape Squeeze Unsqueeze".split())
-# A first position is added to a range, or begins one, or a slice of a table.
-_FIRST = frozenset((("Add", 0), ("Add", 1), ("Range", 0), ("Slice", 1)))
 
 
 def places_tokens(value: ir.Value, inputs: Iterable[ir.Value]) -> bool:
@@ -24,7 +26,7 @@ def places_tokens(value: ir.Value, inputs: Iterable[ir.Value]) -> bool:
         inputs: All inputs, the first axes of which tell how the batch is called.
     """
     shape = value.shape
-    if shape is None or len(shape) > 1 or value.dtype not in _INTEGERS:
+    if shape is None or len(shape) > 1 or value.dtype not in INTEGERS:
         return False
     several = len(shape) == 1 and shape[0] != 1
     rows = {one.shape[0] for one in inputs if one.shape is not None and len(one.shape) > 1}
@@ -35,6 +37,28 @@ def places_tokens(value: ir.Value, inputs: Iterable[ir.Value]) -> bool:
         for node, index in pending.pop().uses():
             if node.op_type in _CARRIERS:
                 pending += node.outputs
-            elif (node.op_type, index) in _FIRST or (several and "Gather" in node.op_type):
+            elif _counts_from(node, index) or (several and _looks_up(node, index)):
                 return True
     return False
+
+
+def _counts_from(node: ir.Node, index: int) -> bool:
+    """Whether a number begins a range, is added to one, or begins a slice of a table."""
+    if node.op_type == "Add":
+        source = node.inputs[1 - index]
+        while source is not None and (maker := source.producer()) is not None:
+            if maker.op_type not in _CARRIERS:
+                return maker.op_type == "Range"
+            source = maker.inputs[0]
+        return False
+    if node.op_type == "Slice":
+        return index == 1 and _is_table(node)
+    return node.op_type == "Range" and index == 0
+
+
+def _looks_up(node: ir.Node, index: int) -> bool:
+    return node.op_type in ("Gather", "GatherND") and index == 1 and _is_table(node)
+
+
+def _is_table(node: ir.Node) -> bool:
+    return node.inputs[0] is not None and is_constant(node.inputs[0])

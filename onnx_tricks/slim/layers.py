@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import onnx_ir as ir
 
@@ -15,6 +16,7 @@ from onnx_tricks.patterns.attention import Attention, OpaqueAttention, find_atte
 from onnx_tricks.patterns.axes import Axes
 from onnx_tricks.patterns.heads import Heads
 from onnx_tricks.rewrite import Skip
+from onnx_tricks.slim.states import SLOTS, state_names
 
 __all__ = ["Layer", "find_layers"]
 
@@ -31,7 +33,7 @@ class Layer:
         present_key: The output by which keys leave; None where none do.
         present_value: Likewise for values.
         number: By which its states are named: that in the names of its caches, as Optimum gives
-            them, or else its place among the layers.
+            them, or else its place among the layers, or the next that is free.
     """
 
     views: tuple[Attention, ...]
@@ -86,6 +88,7 @@ def find_layers(model: ir.Model) -> Iterator[Layer | Skip]:
     inputs = {value.name: value for value in model.graph.inputs}
     outputs = {value.name: value for value in model.graph.outputs}
     branching = next((node for node in model.graph if node.op_type == "If"), None)
+    used: set[str | None] = set()
     phases = 1 if branching is None else len(branching.attributes)
     for place, (name, found) in enumerate(views.items()):
         if len(found) < phases and any(view.node.graph is not model.graph for view in found):
@@ -93,15 +96,36 @@ def find_layers(model: ir.Model) -> Iterator[Layer | Skip]:
             yield Skip(found[0].node.name or name, reason)
             continue
         value_name = next((n for v in found if (n := names.of(v.values))), None)
-        told = re.match(r"(?:present|past_key_values)\.(\d+)\.", name)
-        yield Layer(
-            tuple(found),
+        caches = (
             _entering(found, "keys", inputs.get(names.past_of(name))),
             _entering(found, "values", inputs.get(names.past_of(value_name or ""))),
             outputs.get(name),
             outputs.get(value_name),
-            place if told is None else int(told.group(1)),
         )
+        number = place
+        if not found[0].cross:  # which carries nothing on
+            own = {one.name for one in caches if one is not None}
+            number = _free_number(own, inputs.keys() | outputs.keys() | used, place)
+            used.update(name for slot in SLOTS for name in state_names(number, slot))
+        yield Layer(tuple(found), *caches, number)
+
+
+def _free_number(own: Collection[str | None], names: Collection[str | None], place: int) -> int:
+    """The number in the names of a layer's caches, or one whose states no others are called by.
+
+    Args:
+        own: The names of its caches.
+        names: All names of inputs and outputs.
+        place: The place of the layer among those that are understood.
+    """
+    told = (re.match(r"(?:present|past_key_values)\.(\d+)\.", str(name)) for name in own)
+    numbers = sorted(int(one.group(1)) for one in told if one is not None)
+    others = set(names) - set(own)
+    return next(
+        number
+        for number in itertools.chain(numbers, itertools.count(place))
+        if not any(others.intersection(state_names(number, slot)) for slot in SLOTS)
+    )
 
 
 def _holds_graph(node: ir.Node) -> bool:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from onnx_tricks.graph.build import Builder
 from onnx_tricks.graph.constants import is_constant
+from onnx_tricks.graph.places import INTEGERS
 from onnx_tricks.graph.shapes import dim, dtype_of, rank_of
 from onnx_tricks.patterns.attention import Attention
 from onnx_tricks.patterns.dry_run import DryRun
@@ -23,7 +24,6 @@ from onnx_tricks.slim.states import builder_before
 __all__ = ["Angles", "all_positions", "find_mask"]
 
 _END = 2**62
-_INTEGERS = (ir.DataType.INT32, ir.DataType.INT64)
 _STATE = ("past_key_values.positions", "present.positions")
 
 
@@ -101,43 +101,59 @@ class Angles:
         assert rotary is not None
         given = rotary.positions
         if rotary.rows is not None:
-            total = self._length(build, _root(rotary.cos), 0, past)
-            return all_positions(build, None, total)
+            return self._cut_positions(build, _root(rotary.cos), past)
         if given is None:
             # The operator counts by itself: along the mask, or all tokens.
             total = self._length(build, view.query.operand, 1, past)
             return all_positions(build, None if view.scores.lengths is None else mask, total)
-        counted = _follows(given, mask)
-        if counted and self._keep:
-            return build.Cast(self._remembered(build, given), to=dtype_of(given))
-        if mask is None or rank_of(given) == 1:  # without a batch, and so without padding
-            counted = False
-        length = None
-        if not counted:
-            rank = rank_of(given)
-            length = self._length(build, given, (rank or 1) - 1, past)
-        positions = all_positions(build, mask if counted else None, length)
-        if rank_of(given) == 1:
+        chosen, rank = _follows(given, mask), self._rank(given)
+        if chosen and (self._keep or mask is None or rank == 1):
+            return build.Cast(self._remembered(build, given, rank, past), to=dtype_of(given))
+        length = None if chosen else self._length(build, given, rank - 1, past)
+        positions = all_positions(build, mask if chosen else None, length)
+        if rank == 1:
             positions = build.Squeeze(positions, [0])
         return build.Cast(positions, to=dtype_of(given) or ir.DataType.INT64)
+
+    def _cut_positions(self, build: Builder, angle: ir.Value, past: ir.Value) -> ir.Value:
+        """Positions of all keys, [1, S], where a slice of a table has the angles of new tokens."""
+        cut = angle.producer()
+        assert cut is not None
+        first = cut.inputs[1]
+        assert first is not None
+        if not _follows(first, None):
+            return all_positions(build, None, self._length(build, angle, 0, past))
+        first = build.Cast(build.Squeeze(first), to=ir.DataType.INT64)
+        tokens = build.Squeeze(build.Slice(build.Shape(angle), [0], [1]))
+        one = np.asarray(1, dtype=np.int64)
+        new = build.Range(first, build.Add(first, tokens), one)
+        return build.Unsqueeze(self._remembered(build, new, 1, past), [0])
+
+    def _rank(self, given: ir.Value) -> int:
+        rank, shape = rank_of(given), self._run.shape(given)
+        return len(shape or ()) or 1 if rank is None else rank
 
     def _length(self, build: Builder, new: ir.Value, axis: int, past: ir.Value) -> ir.Value:
         """S as a scalar, where an axis of a value has the new tokens."""
         tokens = build.Slice(build.Shape(new), [axis], [axis + 1])
         return build.Squeeze(build.Add(build.Slice(build.Shape(past), [2], [3]), tokens), [0])
 
-    def _remembered(self, build: Builder, given: ir.Value) -> ir.Value:
-        """Positions of all keys, from a state that new ones are appended to."""
+    def _remembered(self, build: Builder, given: ir.Value, rank: int, past: ir.Value) -> ir.Value:
+        """Positions of all keys, from a state [B, S] that new ones are appended to.
+
+        Those without a batch are kept once a row, so that callers may choose rows of all states.
+        """
         if self._state is None:
-            like = given.shape if given.shape is not None else ("batch_size", None)
-            shape = [*like[:-1], "past_sequence_length"]
-            past = ir.Value(
-                name=_STATE[0], shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.INT64)
-            )
-            self._model.graph.inputs.append(past)
+            shape = ir.Shape([_rows(given, rank), "past_sequence_length"])
+            state = ir.Value(name=_STATE[0], shape=shape, type=ir.TensorType(ir.DataType.INT64))
+            self._model.graph.inputs.append(state)
             new = build.Cast(given, to=ir.DataType.INT64)
-            self._state = past, build.Concat(past, new, axis=-1)
-        return self._state[1]
+            if rank == 1:
+                batch = build.Slice(build.Shape(past), [0], [1])
+                new = build.Expand(build.Unsqueeze(new, [0]), build.Concat(batch, [1], axis=0))
+            self._state = state, build.Concat(state, new, axis=-1)
+        first = np.asarray(0, dtype=np.int64)
+        return build.Gather(self._state[1], first, axis=0) if rank == 1 else self._state[1]
 
     def finish(self) -> None:
         """Do what has to wait for the last layer.
@@ -176,7 +192,7 @@ class Angles:
             if len(shape) == 4:  # one for all heads
                 angles = build.Squeeze(angles, [shape.index(1, 1)])
         given = rotary.positions
-        if given is not None and rank_of(root) == 2 and rank_of(given) == 1:
+        if given is not None and rank_of(root) == 2 and self._rank(given) == 1:
             angles = build.Unsqueeze(angles, [0])
         if width == rotary.width and rotary.interleaved:
             angles = build.Slice(angles, [0], [_END], [-1], [2])
@@ -200,6 +216,11 @@ class Angles:
             reader.replace_input_with(index, rounded)
 
 
+def _rows(given: ir.Value, rank: int) -> int | ir.SymbolicDim | str:
+    """The axis of the batch of positions, as the exporter has it if there is one."""
+    return "batch_size" if rank == 1 or given.shape is None else given.shape[0]
+
+
 def _root(value: ir.Value) -> ir.Value:
     """What an unsqueezed value was before."""
     while (node := value.producer()) is not None and node.op_type in ("Unsqueeze", "Identity"):
@@ -209,8 +230,8 @@ def _root(value: ir.Value) -> ir.Value:
 
 
 def _follows(positions: ir.Value, mask: ir.Value | None) -> bool:
-    """Whether positions are the caller's, or counted along the mask; else they are a range."""
+    """Whether positions come from integers of the caller, or from the mask; else from lengths."""
     return any(
-        value is mask or (value.is_graph_input() and value.dtype in _INTEGERS)
+        value is mask or (value.is_graph_input() and value.dtype in INTEGERS)
         for value in sources_of(positions)
     )

@@ -11,7 +11,7 @@ from onnx_tricks.graph.build import Builder
 from onnx_tricks.graph.edit import fresh_name
 from onnx_tricks.graph.shapes import dtype_of
 
-__all__ = ["State", "builder_before", "replace_outputs", "state_names"]
+__all__ = ["SLOTS", "State", "builder_before", "replace_outputs", "state_names"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +31,16 @@ class State:
     values: Mapping[ir.Graph, ir.Value]
 
 
+SLOTS = ("key", "residual", "hidden")
+"""What a layer may carry on."""
+
+
 def state_names(layer: int, slot: str) -> tuple[str, str]:
     """The names of a state, whatever its cache was called: of the input and of the output.
 
     Args:
         layer: The layer's number.
-        slot: "key", "residual" or "hidden".
+        slot: One of `SLOTS`.
     """
     return f"past_key_values.{layer}.{slot}", f"present.{layer}.{slot}"
 

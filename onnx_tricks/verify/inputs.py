@@ -88,8 +88,7 @@ def cached_tokens(value: Input, cache: Array) -> int:
     """
     if cache.ndim < 3 or value.buffer:
         return 0
-    axis = value.rows + 2 if value.fixed and value.grows is None else value.growing
-    return int(cache.shape[axis])
+    return int(cache.shape[value.growing])
 
 
 def _context(interface: Interface) -> set[str]:

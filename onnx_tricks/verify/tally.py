@@ -171,8 +171,8 @@ def counted(array: Array, step: Step) -> npt.NDArray[np.bool_]:
     """Say which elements of an output count: all but those at padded positions.
 
     Args:
-        array: An output; positions lie along an axis of their number. Where there are several, as
-            in caches of as many heads, what is padding along any of them is left out.
+        array: An output; positions lie along the first axis of their number, batch excepted. Of
+            caches with as many heads, what is padding along either axis is left out.
         step: The step that computed it.
 
     Returns:
@@ -185,7 +185,7 @@ def counted(array: Array, step: Step) -> npt.NDArray[np.bool_]:
         return kept
     for mask in (step.valid, step.valid[:, -step.new :]):
         axes = [axis for axis in range(rows + 1, array.ndim) if array.shape[axis] == mask.shape[1]]
-        for axis in axes:
+        for axis in axes if array.ndim >= _CACHE_AXES else axes[:1]:
             shape = [1] * array.ndim
             shape[rows], shape[axis] = mask.shape
             kept = kept & mask.astype(bool).reshape(shape)

@@ -85,6 +85,26 @@ def test_caches_of_any_name_become_states_of_the_usual_names(
     assert len({one.name for one in model.graph.inputs}) == len(model.graph.inputs)
 
 
+def test_states_are_called_like_no_cache_of_a_layer_that_is_left(
+    export: Export, tmp_path: Path
+) -> None:
+    model = renamed(export("gpt_neox") / "model.onnx", "kv_{0}_{1}", "kv_{0}_{1}_out")
+    first = next(node for node in model.graph if node.op_type == "Softmax")
+    odd = ir.node("Sigmoid", [first.outputs[0]])
+    odd.outputs[0].name = "odd"
+    first.outputs[0].replace_all_uses_with(odd.outputs[0])
+    odd.replace_input_with(0, first.outputs[0])
+    model.graph.insert_after(first, odd)
+    for value in model.graph.inputs:  # as the second layer's states would be called
+        value.name = (value.name or "").replace("kv_0_", "past_key_values.0.")
+    source = _saved(model, tmp_path / "odd.onnx")
+    done = optimize(source, tmp_path / "slim.onnx", passes=[SlimAttention()])
+    assert (done.report.passes[0].applied, done.report.verification.status) == (1, "passed")
+    assert {"past_key_values.0.key", "past_key_values.1.key"} <= _inputs(
+        tmp_path / "slim.onnx"
+    ).keys()
+
+
 @pytest.mark.parametrize("names", [("past_{1}_{0}", "present_{1}_{0}"), ("kv_{0}_{1}", "{1}_{0}")])
 def test_a_decoder_whose_caller_makes_the_keys_of_an_encoder_is_slimmed_beside_them(
     names: tuple[str, str], export: Export, tmp_path: Path
