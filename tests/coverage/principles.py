@@ -120,7 +120,7 @@ PRINCIPLES = (
         "input saves nothing.",
     ),
     _slim(
-        "as sinks of attention need",
+        "sinks of attention",
         "Attention sinks put a learned score beside those of the keys.",
     ),
     _slim("Clip '", "Clipped keys and values are no linear function of one another."),
