@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from onnx_tricks.graph.constants import stored_tensor
+from onnx_tricks.graph.traverse import inner_graphs
 
 __all__ = [
     "ChangedTensor",
@@ -47,11 +48,7 @@ def lower_constants(model: ir.Model) -> None:
     them, and ONNX Runtime stops at a graph that does not read it.
     """
     for node in model.graph.all_nodes():
-        graphs = [
-            attribute.as_graph()
-            for attribute in node.attributes.values()
-            if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref()
-        ]
+        graphs = inner_graphs(node)
         if node.domain == "" or len(graphs) < 2:
             continue
         for graph in graphs:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnx_tricks.graph.caches import find_caches
 from onnx_tricks.graph.constants import scalar
 from onnx_tricks.graph.open_sizes import Image, find_image, lengths
-from onnx_tricks.graph.places import places_tokens
+from onnx_tricks.graph.places import INTEGERS, places_tokens
 
 __all__ = ["Input", "Interface", "read_interface"]
 
@@ -168,7 +168,7 @@ def _dim(dim: int | ir.SymbolicDim) -> int | str | None:
 
 def _role(value: ir.Value) -> str:
     name = (value.name or "").lower()
-    integer = value.dtype in (ir.DataType.INT64, ir.DataType.INT32)
+    integer = value.dtype in INTEGERS
     if name == "use_cache_branch":
         return "branch"
     if integer and "position" in name:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from onnx_tricks.graph.constants import evaluate
 from onnx_tricks.graph.shapes import rank_of
+from onnx_tricks.graph.traverse import inner_graphs
 
 __all__ = [
     "VIEWS",
@@ -214,12 +215,7 @@ def _outer(value: ir.Value, holders: Mapping[ir.Graph, ir.Node]) -> ir.Value | N
 
 
 def _holders(model: ir.Model) -> dict[ir.Graph, ir.Node]:
-    return {
-        attribute.as_graph(): node
-        for node in model.graph.all_nodes()
-        for attribute in node.attributes.values()
-        if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref()
-    }
+    return {inner: node for node in model.graph.all_nodes() for inner in inner_graphs(node)}
 
 
 def _appending(model: ir.Model) -> Iterator[tuple[ir.Value, int, ir.Value | None]]:

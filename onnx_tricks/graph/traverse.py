@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-__all__ = ["bodies", "initializers"]
+__all__ = ["bodies", "initializers", "inner_graphs"]
 
 
 def bodies(model: ir.Model) -> list[ir.Graph | ir.Function]:
@@ -20,3 +20,12 @@ def initializers(model: ir.Model) -> Iterator[ir.Value]:
     for body in bodies(model):
         for graph in body.subgraphs():
             yield from graph.initializers.values()
+
+
+def inner_graphs(node: ir.Node) -> list[ir.Graph]:
+    """The subgraphs that a node holds, as branches or as a body."""
+    return [
+        attribute.as_graph()
+        for attribute in node.attributes.values()
+        if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref()
+    ]

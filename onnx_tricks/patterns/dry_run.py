@@ -18,6 +18,7 @@ from onnx_tricks.graph.constants import stored_tensor
 from onnx_tricks.graph.pasts import find_pasts
 from onnx_tricks.graph.places import places_tokens
 from onnx_tricks.graph.shapes import rank_of, shape_of
+from onnx_tricks.graph.traverse import inner_graphs
 from onnx_tricks.patterns.arithmetic import OPERATORS, Array, as_known
 from onnx_tricks.patterns.sizing import output_shapes
 
@@ -164,10 +165,9 @@ class DryRun:
     def _run(self, graph: ir.Graph) -> None:
         for node in graph:
             self.order[node] = len(self.order)
-            for attribute in node.attributes.values():
-                if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
-                    self.parents[attribute.as_graph()] = node
-                    self._run(attribute.as_graph())
+            for inner in inner_graphs(node):
+                self.parents[inner] = node
+                self._run(inner)
             self._enter(node)
             for output in node.outputs:
                 if output not in self._shapes:

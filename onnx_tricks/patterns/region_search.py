@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from onnx_tricks.graph.constants import stored_tensor
 from onnx_tricks.graph.shapes import dim, dtype_of, rank_of, shape_of
+from onnx_tricks.graph.traverse import inner_graphs
 from onnx_tricks.patterns.layout import Layout, Length, length_of, symbols
 from onnx_tricks.patterns.lengths import Sizes, follow_sizes, sizes_of_constant
 from onnx_tricks.patterns.region import Region, is_lookup, reads_shape
@@ -67,9 +68,8 @@ class _Search:
 
     def _visit(self, graph: ir.Graph) -> None:
         for node in graph:
-            for attribute in node.attributes.values():
-                if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
-                    self._visit(attribute.as_graph())
+            for inner in inner_graphs(node):
+                self._visit(inner)
             self._follow(node)
 
     def _state(self, value: ir.Value | None) -> State | None:
@@ -104,7 +104,7 @@ class _Search:
             if sizes is not None:
                 self._states[node.outputs[0]] = sizes
                 return
-        graphs = any(one.type == ir.AttributeType.GRAPH for one in node.attributes.values())
+        graphs = inner_graphs(node)
         named = [isinstance(one, Sizes) and one.numbers is None for one in states]
         if not any(named) and not any(isinstance(one, Row) for one in states):
             if not graphs and not node.op_type.startswith(_UNSTABLE):

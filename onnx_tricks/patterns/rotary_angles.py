@@ -7,12 +7,13 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_tricks.graph.constants import evaluate, is_constant
+from onnx_tricks.graph.places import INTEGERS
 from onnx_tricks.graph.shapes import dtype_of
 from onnx_tricks.patterns.dry_run import DryRun, Unknown
 from onnx_tricks.patterns.shape_rules import axes_of
 from onnx_tricks.patterns.way_back import VIEWS, take_latest
 
-__all__ = ["looked_up_by", "positions_of", "table_behind", "tables_of", "unscaled"]
+__all__ = ["bare_angle", "looked_up_by", "positions_of", "table_behind", "tables_of", "unscaled"]
 
 _MAX_NODES = 60
 
@@ -44,15 +45,21 @@ def looked_up_by(value: ir.Value, source: ir.Value) -> ir.Value | None:
     return None
 
 
+def bare_angle(value: ir.Value) -> ir.Value:
+    """What a cos or sin was before it was unsqueezed."""
+    while (node := value.producer()) is not None and node.op_type in ("Unsqueeze", "Identity"):
+        assert node.inputs[0] is not None
+        value = node.inputs[0]
+    return value
+
+
 def table_behind(angle: ir.Value) -> ir.Value | None:
     """The table out of which a cos or sin is cut, from a row on that is computed.
 
     Args:
         angle: [T, R], or what makes it one for all heads.
     """
-    node = angle.producer()
-    while node is not None and node.op_type in ("Identity", "Unsqueeze") and node.inputs[0]:
-        node = node.inputs[0].producer()
+    node = bare_angle(angle).producer()
     if node is None or node.op_type != "Slice" or evaluate(node.inputs[1]) is not None:
         return None
     step = evaluate(node.inputs[4]) if len(node.inputs) > 4 else np.ones(1)
@@ -68,7 +75,7 @@ def positions_of(run: DryRun, cos: ir.Value, sin: ir.Value) -> ir.Value | None:
         if len(frontier) == 1:
             (value,) = frontier
             shape = run.shape(value)
-            whole = dtype_of(value) in (ir.DataType.INT64, ir.DataType.INT32)
+            whole = dtype_of(value) in INTEGERS
             ranked = shape is not None and 1 <= len(shape) <= 2
             if whole and ranked and not _is_column(run, value):
                 return value if _row_by_row(run, value, (cos, sin)) else None

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnx_tricks.graph.caches import find_caches
 from onnx_tricks.graph.interface import read_interface
 from onnx_tricks.graph.names import node_name
+from onnx_tricks.graph.traverse import inner_graphs
 from onnx_tricks.patterns.attention import Attention, OpaqueAttention, find_attentions
 from onnx_tricks.patterns.axes import Axes
 from onnx_tricks.patterns.heads import Heads
@@ -67,7 +68,7 @@ def find_layers(model: ir.Model) -> Iterator[Layer | Skip]:
     Args:
         model: A model whose shapes and types have been inferred.
     """
-    wrapper = next((node for node in model.graph if node.domain and _holds_graph(node)), None)
+    wrapper = next((node for node in model.graph if node.domain and inner_graphs(node)), None)
     if wrapper is not None:
         reason = f"{wrapper.op_type} decides on the caches of the decoder in it"
         yield Skip(node_name(wrapper), f"{reason}: slim the decoder by itself")
@@ -126,10 +127,6 @@ def _free_number(own: Collection[str | None], names: Collection[str | None], pla
         for number in itertools.chain(numbers, itertools.count(place))
         if not any(others.intersection(state_names(number, slot)) for slot in SLOTS)
     )
-
-
-def _holds_graph(node: ir.Node) -> bool:
-    return any(one.type == ir.AttributeType.GRAPH for one in node.attributes.values())
 
 
 def _without_cache(model: ir.Model) -> Iterator[Skip]:

@@ -17,6 +17,7 @@ from onnx_tricks.graph.shapes import dim, dtype_of, rank_of
 from onnx_tricks.patterns.attention import Attention
 from onnx_tricks.patterns.dry_run import DryRun
 from onnx_tricks.patterns.rotary import Rotary
+from onnx_tricks.patterns.rotary_angles import bare_angle
 from onnx_tricks.slim.dependence import sources_of
 from onnx_tricks.slim.repeat import repeat_on, rounds_between
 from onnx_tricks.slim.states import builder_before
@@ -85,7 +86,7 @@ class Angles:
         """
         rotary = view.keys.rotary
         assert rotary is not None
-        roots = rotary.rows or (_root(rotary.cos), _root(rotary.sin))
+        roots = rotary.rows or (bare_angle(rotary.cos), bare_angle(rotary.sin))
         key = (*roots, view.node.graph)
         if key not in self._made:
             positions = self._positions(build, view, past)
@@ -101,7 +102,7 @@ class Angles:
         assert rotary is not None
         given = rotary.positions
         if rotary.rows is not None:
-            return self._cut_positions(build, _root(rotary.cos), past)
+            return self._cut_positions(build, bare_angle(rotary.cos), past)
         if given is None:
             # The operator counts by itself: along the mask, or all tokens.
             total = self._length(build, view.query.operand, 1, past)
@@ -219,14 +220,6 @@ class Angles:
 def _rows(given: ir.Value, rank: int) -> int | ir.SymbolicDim | str:
     """The axis of the batch of positions, as the exporter has it if there is one."""
     return "batch_size" if rank == 1 or given.shape is None else given.shape[0]
-
-
-def _root(value: ir.Value) -> ir.Value:
-    """What an unsqueezed value was before."""
-    while (node := value.producer()) is not None and node.op_type in ("Unsqueeze", "Identity"):
-        assert node.inputs[0] is not None
-        value = node.inputs[0]
-    return value
 
 
 def _follows(positions: ir.Value, mask: ir.Value | None) -> bool:

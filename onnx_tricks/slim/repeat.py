@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from onnx_tricks.graph.build import Builder
 from onnx_tricks.graph.shapes import dtype_of
+from onnx_tricks.graph.traverse import inner_graphs
 from onnx_tricks.slim.dependence import computed_from
 
 __all__ = ["repeat_on", "rounds_between"]
@@ -69,7 +70,7 @@ def rounds_between(values: Iterable[ir.Value], source: ir.Value) -> bool:
     """
     nodes = list(_between(values, source))
     shared = [v for node in nodes for v in node.inputs if v is not None]
-    inner = any(a.type == ir.AttributeType.GRAPH for n in nodes for a in n.attributes.values())
+    inner = any(inner_graphs(node) for node in nodes)
     if inner or any(dtype_of(one) is None for one in shared):
         return False  # it cannot be repeated in another type
     return any(dtype_of(one) in _HALF for one in shared)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
+from onnx_tricks.graph.traverse import inner_graphs
 from onnx_tricks.patterns.dry_run import DryRun
 from onnx_tricks.slim.dimensions import Dimensions, Length
 from onnx_tricks.slim.states import builder_before
@@ -55,11 +56,9 @@ def _needed(graph: ir.Graph) -> set[ir.Node]:
         found.add(maker)
         if maker.op_type != "Shape":
             pending += [value for value in maker.inputs if value is not None]
-        for attribute in maker.attributes.values():
-            if attribute.type == ir.AttributeType.GRAPH:
-                inner = attribute.as_graph()
-                pending += [v for n in inner.all_nodes() for v in n.inputs if v is not None]
-                pending.extend(inner.outputs)
+        for inner in inner_graphs(maker):
+            pending += [v for n in inner.all_nodes() for v in n.inputs if v is not None]
+            pending.extend(inner.outputs)
     return found
 
 

@@ -179,28 +179,13 @@ def write(style: Style, path: Path, *, dynamo: bool = False) -> Path:
     dynamic = {name: axes for name, (_, axes) in inputs.items()}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
+        names = {"input_names": list(inputs), "output_names": outputs, "dynamo": dynamo}
         if dynamo:
             unknown = [dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for axes in dynamic.values()]
+            shapes = unknown[0], tuple(unknown[1:])
             torch.onnx.export(
-                model,
-                values,
-                path,
-                input_names=list(inputs),
-                output_names=outputs,
-                dynamic_shapes=(unknown[0], tuple(unknown[1:])),
-                opset_version=18,
-                dynamo=True,
-                verbose=False,
+                model, values, path, **names, dynamic_shapes=shapes, opset_version=18, verbose=False
             )
         else:
-            torch.onnx.export(
-                model,
-                values,
-                path,
-                input_names=list(inputs),
-                output_names=outputs,
-                dynamic_axes=dynamic,
-                opset_version=17,
-                dynamo=False,
-            )
+            torch.onnx.export(model, values, path, **names, dynamic_axes=dynamic, opset_version=17)
     return path
