@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import onnx_ir as ir
 
@@ -76,14 +76,15 @@ def find_layers(model: ir.Model) -> Iterator[Layer | Skip]:
     names = _Names(model)
     views: dict[str, list[Attention]] = {}
     opaque = []
-    for view in find_attentions(model):
+    attentions = list(find_attentions(model))
+    for view in attentions:
         if isinstance(view, OpaqueAttention):
             opaque.append(Skip(view.node.name or view.node.op_type, view.reason))
         elif (name := names.of(view.keys)) is not None:
             views.setdefault(name, []).append(view)
     keeps = bool(names.pasts) or any("present" in str(one.name) for one in model.graph.outputs)
     if not views and not keeps:
-        yield from _without_cache(model)
+        yield from _without_cache(model, attentions)
         return
     yield from opaque
     inputs = {value.name: value for value in model.graph.inputs}
@@ -129,14 +130,15 @@ def _free_number(own: Collection[str | None], names: Collection[str | None], pla
     )
 
 
-def _without_cache(model: ir.Model) -> Iterator[Skip]:
+def _without_cache(
+    model: ir.Model, attentions: Sequence[Attention | OpaqueAttention]
+) -> Iterator[Skip]:
     """Tell it of a model that scores tokens; that an encoder keeps nothing needs no word."""
     limits = {value.limit for value in read_interface(model).role("ids")} - {0}
     shapes = (value.shape for value in model.graph.outputs)
-    attention = next(iter(find_attentions(model)), None)
-    if attention is not None and any(shape and shape[-1] in limits for shape in shapes):
+    if attentions and any(shape and shape[-1] in limits for shape in shapes):
         reason = "there is no cache: decoders keep keys and values where they are exported to"
-        yield Skip(node_name(attention.node), f"{reason} (Optimum's tasks end in -with-past)")
+        yield Skip(node_name(attentions[0].node), f"{reason} (Optimum's tasks end in -with-past)")
 
 
 class _Names:

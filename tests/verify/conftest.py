@@ -50,6 +50,31 @@ def parse(graph: str) -> onnx.ModelProto:
     return model
 
 
+def rescaled(body: str, folder: Path) -> tuple[Path, Path, Path]:
+    """A model, the same with its weights rescaled, and one that is wrong by a millionth.
+
+    Args:
+        body: A graph with the constants w, [16, 1], and c, [16], by which rows are multiplied.
+        folder: Where they are saved.
+    """
+    random = np.random.default_rng(6)
+    w, c = random.standard_normal((16, 1)), random.uniform(0.5, 2, 16)
+    w, c = w.astype(np.float32), c.astype(np.float32)
+
+    def write(name: str, w: np.ndarray, c: np.ndarray) -> Path:
+        model = parse(body)
+        for tensor, array in zip(tensors(model), (w, c), strict=True):
+            change(tensor, lambda _, array=array: array)
+        onnx.save(model, folder / name)
+        return folder / name
+
+    return (
+        write("original.onnx", w, np.ones(16)),
+        write("rescaled.onnx", w / c[:, None], c),
+        write("wrong.onnx", w / c[:, None] * np.float32(1 + 1e-6), c),
+    )
+
+
 def _narrow(model: onnx.ModelProto, kind: str) -> None:
     """Make every floating value of a model a narrower one."""
     dtype, number = _TYPES[kind]

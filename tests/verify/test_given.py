@@ -22,7 +22,7 @@ from onnx_tricks.verify import Sample, verify
 from onnx_tricks.verify.plans import plans
 from onnx_tricks.verify.replay import replay
 from tests.conftest import Export
-from tests.verify.conftest import change, parse, tensors
+from tests.verify.conftest import change, parse, rescaled, tensors
 
 Arrays = dict[str, np.ndarray]
 VOCABULARY, LAYERS = 256, 4  # of the demo model
@@ -174,24 +174,11 @@ def test_few_numbers_of_given_inputs_are_judged_over_other_roundings_of_them(tmp
     body = """
     g (float[b,n] p, float[b,m] q) => (float[b,1] y) <float[16,1] w, float[16] c>
     { z = Concat<axis = 1>(q, q) s = Add(p, z) x = Mul(s, c) y = MatMul(x, w) }"""
-    random = np.random.default_rng(6)
-    w, c = random.standard_normal((16, 1)), random.uniform(0.5, 2, 16)
-    w, c = w.astype(np.float32), c.astype(np.float32)
-
-    def write(name: str, w: np.ndarray, c: np.ndarray) -> Path:
-        model = parse(body)
-        for tensor, array in zip(tensors(model), (w, c), strict=True):
-            change(tensor, lambda _, array=array: array)
-        onnx.save(model, tmp_path / name)
-        return tmp_path / name
-
-    original = write("original.onnx", w, np.ones(16))
-    rescaled = write("rescaled.onnx", w / c[:, None], c)
-    wrong = write("wrong.onnx", w / c[:, None] * np.float32(1 + 1e-6), c)
+    original, candidate, wrong = rescaled(body, tmp_path)
     for seed in (3, 9):
         random = np.random.default_rng(seed)
         given = {"p": random.standard_normal((1, 16)), "q": random.standard_normal((1, 8))}
-        result = verify(original, rescaled, inputs=given)
+        result = verify(original, candidate, inputs=given)
         assert (result.status, result.cases, result.given) == ("passed", 32, 1)
         assert verify(original, wrong, inputs=given).status == "failed"
 

@@ -17,7 +17,7 @@ import onnx_tricks
 from onnx_tricks.errors import UsageError
 from onnx_tricks.verify import Verification, verify
 from tests import toys
-from tests.verify.conftest import change, parse, tensors
+from tests.verify.conftest import change, parse, rescaled
 
 LN = "z = LayerNormalization(x, g, beta) y = MatMul(z, w)"
 DEEP = (
@@ -308,22 +308,9 @@ def test_few_numbers_are_judged_over_more_cases(tmp_path: Path) -> None:
     body = """
     g (float[b,16] x) => (float[b,1] y) <float[16,1] w, float[16] c>
     { z = Mul (x, c) y = MatMul (z, w) }"""
-    random = np.random.default_rng(6)
-    w, c = random.standard_normal((16, 1)), random.uniform(0.5, 2, 16)
-    w, c = w.astype(np.float32), c.astype(np.float32)
-
-    def write(name: str, w: np.ndarray, c: np.ndarray) -> Path:
-        model = parse(body)
-        for tensor, array in zip(tensors(model), (w, c), strict=True):
-            change(tensor, lambda _, array=array: array)
-        onnx.save(model, tmp_path / name)
-        return tmp_path / name
-
-    original = write("original.onnx", w, np.ones(16))
-    rescaled = write("rescaled.onnx", w / c[:, None], c)
-    result = verify(original, rescaled)
+    original, candidate, wrong = rescaled(body, tmp_path)
+    result = verify(original, candidate)
     assert (result.status, result.cases) == ("passed", 32)
-    wrong = write("wrong.onnx", w / c[:, None] * np.float32(1 + 1e-6), c)
     assert verify(original, wrong).status == "failed"
 
 
